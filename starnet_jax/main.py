@@ -1,0 +1,94 @@
+"""The command: `python -m starnet_jax.main --config=configs/quickstart.py --workdir=DIR`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from starnet_jax import command
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog="python -m starnet_jax.main",
+        description="Trains or evaluates a network; the same command again continues the run.",
+        epilog="--config.KEY=VALUE overrides a setting: --config.optimizer.learning_rate=1e-3",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGUMENT]",
+        help="such as configs/quickstart.py or configs/starnet.py:s1",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=_folder,
+        metavar="DIR",
+        help="where everything of the run goes",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("train", "eval"),
+        default="train",
+        help="eval: score the newest checkpoint of the workdir",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="trace a few steps to DIR/profile, for TensorBoard or Perfetto",
+    )
+    return parser
+
+
+def _folder(text: str) -> Path:
+    if not text or "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no local folder")
+    return Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return command.run(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> None:
+    flags, overrides = command.split_overrides(argv)
+    arguments = _parser().parse_args(flags)
+    from starnet_jax import config as config_lib  # after the flags: --help answers at once
+
+    config = config_lib.load(arguments.config, overrides)
+    workdir = arguments.workdir
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets on import
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and has a word to say about oneDNN
+    from starnet_jax import train
+
+    if arguments.mode == "eval":
+        measured = train.evaluate_checkpoint(config, workdir)
+        _print_eval(measured)
+        return
+    result = train.train(config, workdir, arguments.profile)
+    last, seconds = result["last"], sum(result["seconds"].values())
+    right = round(last["eval/top1"] * last["eval/count"])
+    print(
+        f"done in {seconds:.0f} s: top-1 {100 * last['eval/top1']:.2f} % "
+        f"({right}/{last['eval/count']}); checkpoints, metrics and result.json are in {workdir}"
+    )
+
+
+def _print_eval(measured: dict[str, dict]) -> None:
+    width = max(len("data"), *map(len, measured))
+    head = f"{'weights':<9} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8} {'seen':>13}"
+    print(f"{'data':<{width}}  {head}")
+    for data, row in measured.items():
+        seen = f"{row['eval/count']}/{row['eval/count']}"
+        for weights, prefix in (("raw", "eval/"), ("averaged", "eval/ema_")):
+            if prefix + "top1" in row:
+                top1, top5, loss = (row[prefix + key] for key in ("top1", "top5", "loss"))
+                scores = f"{100 * top1:8.2f} {100 * top5:8.2f} {loss:8.4f} {seen:>13}"
+                print(f"{data:<{width}}  {weights:<9} {scores}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,286 @@
+"""What a run says: the table, the progress bar, `metrics.jsonl`, TensorBoard, Weights & Biases."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from starnet_jax import workdir as workdir_lib
+from starnet_jax.config import RunConfig
+from starnet_jax.errors import BadInput
+
+_start = time.monotonic()
+
+
+def log(message: str) -> None:
+    """One line on standard error, with the seconds since the start."""
+    print(f"[{time.monotonic() - _start:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+
+class Clock:
+    """Where the wall time goes: every second belongs to exactly one activity."""
+
+    def __init__(self, activity: str):
+        self.seconds: dict[str, float] = {}
+        self._activity, self._since = activity, time.monotonic()
+
+    def switch(self, activity: str) -> str:
+        """Starts `activity` and returns the one that it ends."""
+        now, ended = time.monotonic(), self._activity
+        self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._since
+        self._activity, self._since = activity, now
+        return ended
+
+    @contextlib.contextmanager
+    def during(self, activity: str):
+        """Counts the block as `activity`, then goes back to what was before."""
+        before = self.switch(activity)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def stepping(self) -> tuple[float, float]:
+        """Seconds spent on training steps so far, and the part of them spent waiting for data."""
+        self.switch(self._activity)
+        waiting = self.seconds.get("waiting for data", 0.0)
+        return self.seconds.get("training", 0.0) + waiting, waiting
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one flat object a line, each step once."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Opens the file and cuts the rows past `last_step`, which a restart will make again."""
+        self._path = path
+        self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        self._rewrite()
+
+    def write(self, row: dict) -> None:
+        """Adds a row; one of the same step as the last replaces it."""
+        if self.rows and self.rows[-1]["step"] == row["step"]:
+            self.rows.pop()
+            self._file.close()
+            self._rewrite()
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def _rewrite(self) -> None:
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        unfinished.replace(self._path)
+        self._file = self._path.open("a")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The complete rows of a `metrics.jsonl`; a line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise BadInput(f"--workdir: cannot read {path}: {error}") from None
+
+
+class Reporter:
+    """Shows and writes the metrics of a training run; one object per start of the process."""
+
+    def __init__(self, workdir: Path, config: RunConfig, first_step: int, clock: Clock):
+        self.workdir, self._config, self._clock = workdir, config, clock
+        self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
+        self._tensorboard = _tensorboard(workdir, config, first_step)
+        self._wandb = _wandb(workdir, config)
+        self._progress = _progress_bar()
+        self._task = self._progress.add_task(
+            "", total=config.total_steps, completed=first_step, epoch="", rate=0.0
+        )
+        self._mark = first_step, (0.0, 0.0)  # step of the last row, and `clock.stepping()` then
+        self._base = 0.0, 0.0  # `clock.stepping()` when the first step was compiled
+        self._timed = first_step, time.monotonic()  # when the first step was compiled
+        self._header_due = True
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    @property
+    def rows(self) -> list[dict]:
+        """All rows of the run, those before a restart included."""
+        return self._file.rows
+
+    @property
+    def last(self) -> dict:
+        """The metrics of the last row, but for its step and time."""
+        return {k: v for row in self.rows[-1:] for k, v in row.items() if "/" in k}
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the last step has its row with an evaluation."""
+        row = self.rows[-1] if self.rows else {}
+        return row.get("step") == self._config.total_steps and "eval/top1" in row
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        epoch = -(-step // self._config.steps_per_epoch)
+        self._progress.update(self._task, completed=step, epoch=epoch)
+
+    def compiled(self, step: int) -> None:
+        """Starts the measurement of speed: what came before was compilation."""
+        self._base = self._clock.stepping()
+        self._mark = step, self._base
+        self._timed = step, time.monotonic()
+
+    def write(self, step: int, scalars: dict) -> None:
+        """Writes the row of `step` everywhere, and to the table when it holds an evaluation."""
+        row = {"step": step, "time": time.time()} | {k: _plain(v) for k, v in scalars.items()}
+        row |= self._speed(step)
+        self._progress.update(self._task, rate=row["time/images_per_second"])
+        self._file.write(row)
+        measured = {k: v for k, v in row.items() if "/" in k}
+        if self._tensorboard:
+            for key, value in measured.items():
+                self._tensorboard.add_scalar(key, value, step, walltime=row["time"])
+        if self._wandb:
+            self._wandb.log(measured, step=step)
+        if "eval/top1" in row:
+            self._print(row)
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Images a second and the share of time spent waiting for data, since the last row."""
+        since_step, (stepping, waiting) = self._mark
+        self._mark = step, self._clock.stepping()
+        images = (step - since_step) * self._config.batch_size
+        seconds = max(self._mark[1][0] - stepping, 1e-9)
+        return {
+            "time/images_per_second": round(images / seconds, 1),
+            "time/data_wait": round((self._mark[1][1] - waiting) / seconds, 4),
+        }
+
+    def where_the_time_went(self) -> str:
+        """The shares of the wall time, and what to change where the input is the limit."""
+        total = sum(self._clock.seconds.values())
+        shares = sorted(self._clock.seconds.items(), key=lambda item: -item[1])
+        text = "time: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares)
+        stepping, waiting = np.subtract(self._clock.stepping(), self._base)
+        if waiting > max(INPUT_BOUND * stepping, WORTH_SAYING):
+            workers, cores = self._config.data.workers, os.cpu_count()
+            cure = f"raise config.data.workers from {workers} to {cores}"
+            if workers >= cores:
+                cure = f"all {cores} cores decode; take smaller images or a host with more cores"
+            text += (
+                f"\ninput-bound: {waiting / stepping:.0%} of the training time was waiting for "
+                f"data; {cure}, or find the slow part with python -m starnet_jax.data.doctor"
+            )
+        return text
+
+    def _print(self, row: dict) -> None:
+        self._progress.stop()  # so that bar and table do not share a line
+        if self._header_due:
+            print(HEADER + ("    EMA %" if self._config.ema else ""))
+            self._header_due = False
+        print(table_row(row, self._config, self._seconds_left(row["step"])), flush=True)
+        self._progress.start()
+
+    def _seconds_left(self, step: int) -> float:
+        first_step, start = self._timed
+        per_step = (time.monotonic() - start) / max(step - first_step, 1)
+        return per_step * (self._config.total_steps - step)
+
+
+INPUT_BOUND = 0.1  # share of waiting from which the log speaks up,
+WORTH_SAYING = 30.0  # and seconds
+
+HEADER = "epoch    step     loss  images/s  top-1 %  top-5 %         seen      ETA"
+
+
+def table_row(row: dict, config: RunConfig, seconds_left: float) -> str:
+    """One line of the console table, below `HEADER`."""
+    seen = f"{row['eval/count']}/{row['eval/count']}"
+    minutes, seconds = divmod(round(seconds_left), 60)
+    line = (
+        f"{row['step'] / config.steps_per_epoch:5.0f} {row['step']:7d} "
+        f"{row.get('train/loss', float('nan')):8.4f} "
+        f"{row['time/images_per_second']:9,.0f} {100 * row['eval/top1']:8.2f} "
+        f"{100 * row['eval/top5']:8.2f} {seen:>12} {minutes:5d}:{seconds:02d}"
+    )
+    if "eval/ema_top1" in row:
+        line += f" {100 * row['eval/ema_top1']:8.2f}"
+    return line
+
+
+def write_result(workdir: Path, config: RunConfig, rows: list[dict], clock: Clock) -> dict:
+    """Writes `result.json` from the rows of the whole run, restarts included.
+
+    Returns:
+      `last` and `best` rows with an evaluation, and `seconds` per activity of this start.
+    """
+    evaluated = [row for row in rows if "eval/top1" in row]
+    key = "eval/ema_top1" if config.ema else "eval/top1"
+    result = {
+        "last": evaluated[-1],
+        "best": max(evaluated, key=lambda row: row[key]),
+        "seconds": {name: round(seconds, 2) for name, seconds in clock.seconds.items()},
+    }
+    workdir_lib.write_json(workdir / "result.json", result)
+    return result
+
+
+def _plain(value) -> float | int:
+    return value if isinstance(value, int) else float(value)
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[rate]:,.0f} images/s"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _tensorboard(workdir: Path, config: RunConfig, first_step: int):
+    if not config.log.tensorboard:
+        return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+
+def _wandb(workdir: Path, config: RunConfig):
+    if config.log.wandb is None:
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.log.wandb,
+        dir=str(workdir),
+        id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],  # a restart goes on
+        resume="allow",
+        config=config.to_json(),
+    )

@@ -1,0 +1,120 @@
+"""The folder of a run: made late, written whole, and never shared by two different configs."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from starnet_jax import __version__
+from starnet_jax import config as config_lib
+from starnet_jax.config import RunConfig
+from starnet_jax.errors import BadInput
+
+# May differ between two starts of one run; anything else would make it another run.
+_FREE = ("epochs", "eval", "checkpoint", "log", "data.workers", "data.dir")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+
+def check(workdir: Path, config: RunConfig, of_model: bool = False) -> None:
+    """Raises BadInput where `workdir` holds the run of another config; writes nothing.
+
+    With `of_model` only what shapes the network must agree: enough to evaluate it.
+    """
+    stored = _stored(workdir)
+    if stored is None:
+        return
+    old, new = _flat(stored), _flat(config.to_json())
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in _FREE)
+        free |= of_model and not key.startswith("model.") and key != "ema"
+        free |= key == "data.train_examples" and new.get(key) is None  # not counted yet
+        if not free and old.get(key) != new.get(key):
+            raise BadInput(
+                f"--workdir: {workdir} holds a run with config.{key}={old.get(key)!r}, "
+                f"not {new.get(key)!r}; take another folder"
+            )
+
+
+def stored_config(workdir: Path) -> RunConfig:
+    """The settings of the run in `workdir`.
+
+    Raises:
+      BadInput: there is none.
+    """
+    stored = _stored(workdir)
+    if stored is None:
+        raise BadInput(f"--workdir: {workdir} holds no checkpoint to evaluate")
+    return config_lib.resolve(stored)
+
+
+def _stored(workdir: Path) -> dict | None:
+    path = workdir / "config.json"
+    try:
+        stored = json.loads(path.read_text())["config"]
+        return stored if isinstance(stored, dict) else {}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--workdir: cannot read {path}: {error}") from None
+
+
+def create(workdir: Path, config: RunConfig) -> TextIO:
+    """Makes the folder and writes `config.json`: settings, versions and command.
+
+    Returns:
+      The lock of the folder, held until it is closed or the process ends.
+
+    Raises:
+      BadInput: the folder cannot be written, or another run is using it.
+    """
+    content = {
+        "config": config.to_json(),
+        "versions": {name: _version(name) for name in _PACKAGES}
+        | {"starnet-jax": __version__, "python": platform.python_version()},
+        "command": [sys.executable, *sys.argv],
+    }
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_json(workdir / "config.json", content)
+    except BlockingIOError:
+        raise BadInput(f"--workdir: another run is using {workdir}") from None
+    except OSError as error:
+        raise BadInput(f"--workdir: cannot write {workdir}: {error.strerror}") from None
+    return lock
+
+
+def result(workdir: Path) -> dict | None:
+    """What `result.json` holds, once the run is finished."""
+    path = workdir / "result.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise BadInput(f"--workdir: cannot read {path}: {error}") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

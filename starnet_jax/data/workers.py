@@ -186,11 +186,11 @@ class _Helper:
 
     def send(self, message: Any) -> None:
         with self._alive():
-            self.connection.send(message)
+            _send(self.connection, message)
 
     def receive(self) -> list:
         with self._alive():
-            error, results = self.connection.recv()
+            error, results = _receive(self.connection)
         if error:
             raise error
         return results
@@ -203,6 +203,18 @@ class _Helper:
             code = self.process.wait()
             why = "out of memory, perhaps" if code == -signal.SIGKILL else "see above"
             raise RuntimeError(f"a data process ended with code {code}: {why}") from None
+
+
+# Connection's own send() and recv() pickle into a BytesIO. One that a failed call's traceback keeps
+# crashes early Python 3.12 when it is collected (CPython issue 111049), so plain bytes are sent.
+
+
+def _send(connection: Connection, message: Any) -> None:
+    connection.send_bytes(pickle.dumps(message))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
 
 
 class _Memory:
@@ -270,10 +282,10 @@ def serve(connection: int, memory: int, buffers: int) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF and the like
     pages: dict[int, np.ndarray] = {}
     with contextlib.suppress(EOFError, ConnectionError), Connection(connection) as training:
-        parcel, shape = training.recv()
+        parcel, shape = _receive(training)
         job = None
         while True:
-            (offset, count), start, rows = training.recv()
+            (offset, count), start, rows = _receive(training)
             try:
                 job = job or _unpack(parcel, buffers)
                 if offset not in pages:
@@ -283,7 +295,7 @@ def serve(connection: int, memory: int, buffers: int) -> None:
                 reply = None, _fill(job, images, start, rows)
             except Exception as error:
                 reply = _portable(error), None
-            training.send(reply)
+            _send(training, reply)
 
 
 def _portable(error: Exception) -> Exception:

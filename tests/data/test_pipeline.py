@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +302,7 @@ def test_a_process_that_dies_is_an_error_and_no_silence(helpers):
     helpers[0].process.kill()
     with pytest.raises(RuntimeError, match="data process ended"):
         list(batches)
+    gc.collect()  # of the failed calls' frames, which once crashed the interpreter
 
 
 def test_memory_is_used_again_but_never_under_a_batch_in_use(data):

@@ -1,12 +1,14 @@
 """What the commands share: flags that fail in one line, and the exit code of bad input."""
 
 import argparse
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from starnet_jax import errors
-from starnet_jax.errors import BadInput, nearest
+from starnet_jax.errors import BadInput, Diverged, Interrupted, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,13 +53,31 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def run(body: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
-    """Calls `body(argv)` and returns the exit code; bad input ends in one line."""
+    """Calls `body(argv)` and returns the exit code; what is no bug ends in one line."""
     try:
         body(argv)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return errors.BAD_INPUT
+    except Diverged as error:
+        print(f"diverged: {error}", file=sys.stderr)
+        return errors.DIVERGED
+    except Interrupted as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        return errors.INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        return errors.BUG
     return errors.DONE
+
+
+def end(code: int) -> None:
+    """Ends the process; one of several does not wait at exit for the others, as JAX would."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -75,6 +75,7 @@ class Optimizer:
     clip_norm: float | None = None  # largest norm of all gradients together
     layer_decay: float = 1.0  # factor on the rate per block away from the head
     accumulate: int = 1  # parts that a batch is computed in, one after another, to save memory
+    skip_nonfinite: int = 0  # steps in a row without finite loss and gradient that are left out
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,14 @@ class Eval:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """See `checkpoint`."""
+    """When to save and what to keep; see `checkpoint`."""
 
     every_epochs: int = 1
-    keep: int = 2
+    minutes: float | None = 10.0  # since the last save, after which one comes between epochs
+    keep: int = 2  # the newest
+    keep_best: bool = True  # and the one with the best top-1
+    permanent_steps: int | None = None  # multiples of this are saved and never deleted
+    grace_seconds: float = 30.0  # to save in after SIGTERM, SIGINT or a preemption notice
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,14 @@ class Log:
     every_steps: int = 10
     tensorboard: bool = True
     wandb: str | None = None  # a Weights & Biases project
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Patience with the machines of a run, in seconds; see `mesh` and `interruption`."""
+
+    start_timeout: float = 300.0  # until all processes have met
+    step_timeout: float = 1800.0  # without a finished step, compilation included
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,7 @@ class RunConfig:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    mesh: Processes = field(default_factory=Processes)
     ema: float = 0.0  # decay of the weight average, 0 for none
     bn_group: int | Literal["global", "device"] = "global"  # examples per BatchNorm statistic
     seed: int = 0
@@ -455,6 +469,7 @@ def _check_values(config: RunConfig) -> None:
         "optimizer.clip_norm": (_none_or_above_0(config.optimizer.clip_norm), "above 0"),
         "optimizer.layer_decay": (0 < config.optimizer.layer_decay <= 1, "in (0, 1]"),
         "optimizer.accumulate": (config.optimizer.accumulate >= 1, "at least 1"),
+        "optimizer.skip_nonfinite": (config.optimizer.skip_nonfinite >= 0, "at least 0"),
         "schedule.warmup_epochs": (config.schedule.warmup_epochs >= 0, "at least 0"),
         "schedule.warmup_learning_rate": (
             0 <= config.schedule.warmup_learning_rate < math.inf,
@@ -469,8 +484,19 @@ def _check_values(config: RunConfig) -> None:
         "eval.crop": (0.1 <= config.eval.crop <= 1, "in [0.1, 1]"),
         "eval.batch_size": (1 <= (config.eval.batch_size or 1) <= 1 << 16, "in [1, 65536]"),
         "checkpoint.every_epochs": (config.checkpoint.every_epochs >= 1, "at least 1"),
+        "checkpoint.minutes": (_none_or_above_0(config.checkpoint.minutes), "above 0, or none"),
         "checkpoint.keep": (config.checkpoint.keep >= 1, "at least 1"),
+        "checkpoint.permanent_steps": (
+            _none_or_above_0(config.checkpoint.permanent_steps),
+            "at least 1, or none",
+        ),
+        "checkpoint.grace_seconds": (
+            0 < config.checkpoint.grace_seconds < 1 << 20,
+            "above 0, below 2^20",
+        ),
         "log.every_steps": (config.log.every_steps >= 1, "at least 1"),
+        "mesh.start_timeout": (1 <= config.mesh.start_timeout < 1 << 20, "in [1, 2^20)"),
+        "mesh.step_timeout": (1 <= config.mesh.step_timeout < 1 << 20, "in [1, 2^20)"),
         "ema": (0 <= config.ema < 1, "in [0, 1)"),
         "bn_group": (isinstance(config.bn_group, str) or config.bn_group >= 2, "at least 2"),
         "seed": (0 <= config.seed < 1 << 32, "in [0, 2^32)"),

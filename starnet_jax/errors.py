@@ -1,4 +1,4 @@
-"""How a process ends: the exit codes, and the one error that a person can mend.
+"""How a process ends: the exit codes, and the errors that are no bugs.
 
 Imports nothing heavy, so that launchers can read the codes without JAX.
 """
@@ -15,6 +15,14 @@ INTERRUPTED = 75  # saved; start the same command again
 
 class BadInput(ValueError):  # noqa: N818
     """Something the user said cannot work; the message is one line that names it."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The run was told to end and has saved; the same command goes on. The message says where."""
+
+
+class Diverged(ArithmeticError):  # noqa: N818
+    """Loss or gradient is not finite any more; the message names the last good checkpoint."""
 
 
 def nearest(word: object, choices: Iterable[str]) -> str:

@@ -17,7 +17,8 @@ def evaluate(
     mesh: Mesh,
     source: Source,
     num_classes: int,
-) -> dict[str, float]:
+    go_on: Callable[[], bool] = lambda: True,
+) -> dict[str, float] | None:
     """Runs `eval_step` over all batches of `source`, for several sets of weights at once.
 
     Args:
@@ -27,9 +28,11 @@ def evaluate(
       mesh: where they go.
       source: what they are made of.
       num_classes: of the model.
+      go_on: asked after every batch.
 
     Returns:
-      For each prefix `top1` and `top5` as fractions and mean `loss`; and `eval/count`.
+      For each prefix `top1` and `top5` as fractions and mean `loss`; and `eval/count`. None if
+      `go_on` said no.
 
     Raises:
       RuntimeError: not every example was counted exactly once.
@@ -42,6 +45,8 @@ def evaluate(
     for batch in batches:
         batch = mesh_lib.put(batch, mesh)
         sums.append({name: eval_step(v, batch, classes_K) for name, v in weights.items()})
+        if not go_on():
+            return None
     totals = jax.tree.map(
         lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(sums)
     )

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from starnet_jax import command
+from starnet_jax import command, interruption
+from starnet_jax.interruption import Listener
 
 
 def _parser() -> command.Parser:
@@ -56,25 +57,46 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> None:
     flags, overrides = command.split_overrides(argv)
     arguments = _parser().parse_args(flags)
-    from starnet_jax import config as config_lib  # after the flags: --help answers at once
-
-    config = config_lib.load(arguments.config, overrides)
-    workdir = arguments.workdir
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets on import
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and has a word to say about oneDNN
-    from starnet_jax import train
-
     if arguments.mode == "eval":
-        measured = train.evaluate_checkpoint(config, workdir)
-        _print_eval(measured)
+        _evaluate(arguments, overrides)
         return
-    result = train.train(config, workdir, arguments.profile)
+    with interruption.listening() as listener:  # before the imports, which take seconds
+        _train(arguments, overrides, listener)
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, str], listener: Listener) -> None:
+    config, train, processes = _load(arguments, overrides)
+    with processes.ending_together():
+        result = train.train(config, arguments.workdir, listener, arguments.profile)
+    if not processes.is_first():
+        return
     last, seconds = result["last"], sum(result["seconds"].values())
     right = round(last["eval/top1"] * last["eval/count"])
     print(
         f"done in {seconds:.0f} s: top-1 {100 * last['eval/top1']:.2f} % "
-        f"({right}/{last['eval/count']}); checkpoints, metrics and result.json are in {workdir}"
+        f"({right}/{last['eval/count']}); checkpoints, metrics and result.json are in "
+        f"{arguments.workdir}"
     )
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config, train, processes = _load(arguments, overrides)
+    with processes.ending_together():
+        measured = train.evaluate_checkpoint(config, arguments.workdir)
+    if processes.is_first():
+        _print_eval(measured)
+
+
+def _load(arguments: argparse.Namespace, overrides: dict[str, str]):
+    """The settings and the modules that work with them, imported after the flags are checked."""
+    from starnet_jax import config as config_lib
+
+    config = config_lib.load(arguments.config, overrides)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets on import
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and has a word to say about oneDNN
+    from starnet_jax import processes, train
+
+    return config, train, processes
 
 
 def _print_eval(measured: dict[str, dict]) -> None:
@@ -91,4 +113,4 @@ def _print_eval(measured: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command.end(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The devices as one mesh, and where arrays lie on it."""
+"""The devices of all processes as one mesh, and where arrays lie on it."""
 
 import jax
 import numpy as np

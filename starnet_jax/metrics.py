@@ -16,20 +16,34 @@ from starnet_jax import workdir as workdir_lib
 from starnet_jax.config import RunConfig
 from starnet_jax.errors import BadInput
 
-_start = time.monotonic()
-
-
-def log(message: str) -> None:
-    """One line on standard error, with the seconds since the start."""
-    print(f"[{time.monotonic() - _start:6.1f} s] {message}", file=sys.stderr, flush=True)
-
 
 class Clock:
     """Where the wall time goes: every second belongs to exactly one activity."""
 
     def __init__(self, activity: str):
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of this start
+        self.starts = 1
+        self._before: dict[str, float] = {}  # of the starts before
         self._activity, self._since = activity, time.monotonic()
+
+    @property
+    def all_seconds(self) -> dict[str, float]:
+        """Seconds per activity over all starts of the run, as far as they could be written."""
+        self.switch(self._activity)
+        names = self._before | self.seconds
+        return {k: self._before.get(k, 0.0) + self.seconds.get(k, 0.0) for k in names}
+
+    def load(self, path: Path) -> None:
+        """Goes on from what an earlier start wrote; a file that is damaged counts as none."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            stored = json.loads(path.read_text())
+            before = {str(k): float(v) for k, v in stored["seconds"].items()}
+            self.starts, self._before = int(stored["starts"]) + 1, before
+
+    def save(self, path: Path) -> None:
+        """Writes the seconds per activity, for the next start."""
+        seconds = {name: round(value, 2) for name, value in self.all_seconds.items()}
+        workdir_lib.write_json(path, {"starts": self.starts, "seconds": seconds})
 
     def switch(self, activity: str) -> str:
         """Starts `activity` and returns the one that it ends."""
@@ -55,32 +69,35 @@ class Clock:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one flat object a line, each step once."""
+    """`metrics.jsonl`: one flat object a line, each step once; only process 0 writes."""
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, writes: bool = True):
         """Opens the file and cuts the rows past `last_step`, which a restart will make again."""
-        self._path = path
+        self._path, self._writes, self._file = path, writes, None
         self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
         self._rewrite()
 
     def write(self, row: dict) -> None:
-        """Adds a row; one of the same step as the last replaces it."""
+        """Adds a row; to one of the same step it adds what is new."""
         if self.rows and self.rows[-1]["step"] == row["step"]:
-            self.rows.pop()
-            self._file.close()
+            row = self.rows.pop() | row
             self._rewrite()
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._writes:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def _rewrite(self) -> None:
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        unfinished.replace(self._path)
-        self._file = self._path.open("a")
+        self.close()
+        if self._writes:
+            unfinished = self._path.with_suffix(".tmp")
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            unfinished.replace(self._path)
+            self._file = self._path.open("a")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -95,20 +112,25 @@ def read_rows(path: Path) -> list[dict]:
 
 
 class Reporter:
-    """Shows and writes the metrics of a training run; one object per start of the process."""
+    """Shows and writes the metrics of a training run; one object per start of the process.
 
-    def __init__(self, workdir: Path, config: RunConfig, first_step: int, clock: Clock):
-        self.workdir, self._config, self._clock = workdir, config, clock
-        self._file = MetricsFile(workdir / "metrics.jsonl", first_step)
-        self._tensorboard = _tensorboard(workdir, config, first_step)
-        self._wandb = _wandb(workdir, config)
-        self._progress = _progress_bar()
+    Of several processes only the first (`speaks`) does; all keep the rows.
+    """
+
+    def __init__(
+        self, workdir: Path, config: RunConfig, first_step: int, clock: Clock, speaks: bool = True
+    ):
+        self.workdir, self._config, self._clock, self._speaks = workdir, config, clock, speaks
+        self._file = MetricsFile(workdir / "metrics.jsonl", first_step, speaks)
+        self._tensorboard = _tensorboard(workdir, config, first_step) if speaks else None
+        self._wandb = _wandb(workdir, config) if speaks else None
+        self._progress = _progress_bar(speaks)
         self._task = self._progress.add_task(
             "", total=config.total_steps, completed=first_step, epoch="", rate=0.0
         )
         self._mark = first_step, (0.0, 0.0)  # step of the last row, and `clock.stepping()` then
-        self._base = 0.0, 0.0  # `clock.stepping()` when the first step was compiled
-        self._timed = first_step, time.monotonic()  # when the first step was compiled
+        self._base = 0.0, 0.0  # `clock.stepping()` when the steps began
+        self._timed = first_step, time.monotonic()  # when the steps began
         self._header_due = True
 
     def __enter__(self):
@@ -128,33 +150,34 @@ class Reporter:
         """All rows of the run, those before a restart included."""
         return self._file.rows
 
-    @property
-    def last(self) -> dict:
-        """The metrics of the last row, but for its step and time."""
-        return {k: v for row in self.rows[-1:] for k, v in row.items() if "/" in k}
+    def evaluated(self, step: int) -> bool:
+        """Whether `step`, the newest with a row, has been evaluated."""
+        row = self.rows[-1] if self.rows else {}
+        return row.get("step") == step and "eval/top1" in row
 
     @property
-    def evaluated(self) -> bool:
-        """Whether the last step has its row with an evaluation."""
-        row = self.rows[-1] if self.rows else {}
-        return row.get("step") == self._config.total_steps and "eval/top1" in row
+    def best(self) -> dict | None:
+        """The row with the best evaluation: of the averaged weights, where the run keeps them."""
+        key = "eval/ema_top1" if self._config.ema else "eval/top1"
+        return max((row for row in self.rows if key in row), key=lambda row: row[key], default=None)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
         epoch = -(-step // self._config.steps_per_epoch)
         self._progress.update(self._task, completed=step, epoch=epoch)
 
-    def compiled(self, step: int) -> None:
-        """Starts the measurement of speed: what came before was compilation."""
+    def start_timing(self, step: int) -> None:
+        """Starts the measurement of speed: what came before was start-up and compilation."""
         self._base = self._clock.stepping()
         self._mark = step, self._base
         self._timed = step, time.monotonic()
 
     def write(self, step: int, scalars: dict) -> None:
-        """Writes the row of `step` everywhere, and to the table when it holds an evaluation."""
+        """Adds to the row of `step` everywhere; an evaluation also makes a line of the table."""
         row = {"step": step, "time": time.time()} | {k: _plain(v) for k, v in scalars.items()}
-        row |= self._speed(step)
-        self._progress.update(self._task, rate=row["time/images_per_second"])
+        if step > self._mark[0]:
+            row |= self._speed(step)
+            self._progress.update(self._task, rate=row["time/images_per_second"])
         self._file.write(row)
         measured = {k: v for k, v in row.items() if "/" in k}
         if self._tensorboard:
@@ -162,8 +185,10 @@ class Reporter:
                 self._tensorboard.add_scalar(key, value, step, walltime=row["time"])
         if self._wandb:
             self._wandb.log(measured, step=step)
-        if "eval/top1" in row:
-            self._print(row)
+        if self._speaks:
+            self._clock.save(self.workdir / "time.json")
+            if "eval/top1" in row:
+                self._print(self.rows[-1])
 
     def _speed(self, step: int) -> dict[str, float]:
         """Images a second and the share of time spent waiting for data, since the last row."""
@@ -178,9 +203,12 @@ class Reporter:
 
     def where_the_time_went(self) -> str:
         """The shares of the wall time, and what to change where the input is the limit."""
-        total = sum(self._clock.seconds.values())
-        shares = sorted(self._clock.seconds.items(), key=lambda item: -item[1])
-        text = "time: " + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares)
+        seconds_by_name = self._clock.all_seconds
+        total = sum(seconds_by_name.values())
+        shares = sorted(seconds_by_name.items(), key=lambda item: -item[1])
+        starts = f" of {self._clock.starts} starts" if self._clock.starts > 1 else ""
+        text = f"time{starts}: "
+        text += ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares)
         stepping, waiting = np.subtract(self._clock.stepping(), self._base)
         if waiting > max(INPUT_BOUND * stepping, WORTH_SAYING):
             workers, cores = self._config.data.workers, os.cpu_count()
@@ -220,7 +248,7 @@ def table_row(row: dict, config: RunConfig, seconds_left: float) -> str:
     line = (
         f"{row['step'] / config.steps_per_epoch:5.0f} {row['step']:7d} "
         f"{row.get('train/loss', float('nan')):8.4f} "
-        f"{row['time/images_per_second']:9,.0f} {100 * row['eval/top1']:8.2f} "
+        f"{row.get('time/images_per_second', 0):9,.0f} {100 * row['eval/top1']:8.2f} "
         f"{100 * row['eval/top5']:8.2f} {seen:>12} {minutes:5d}:{seconds:02d}"
     )
     if "eval/ema_top1" in row:
@@ -228,28 +256,29 @@ def table_row(row: dict, config: RunConfig, seconds_left: float) -> str:
     return line
 
 
-def write_result(workdir: Path, config: RunConfig, rows: list[dict], clock: Clock) -> dict:
-    """Writes `result.json` from the rows of the whole run, restarts included.
+def result(reporter: Reporter, config: RunConfig, clock: Clock) -> dict:
+    """What `result.json` says of a finished run, restarts included.
 
     Returns:
-      `last` and `best` rows with an evaluation, and `seconds` per activity of this start.
+      `last` and `best` rows with an evaluation, `examples` trained on, `starts`, `seconds` per
+      activity, and `goodput`: the share of them that training steps took.
     """
-    evaluated = [row for row in rows if "eval/top1" in row]
-    key = "eval/ema_top1" if config.ema else "eval/top1"
-    result = {
-        "last": evaluated[-1],
-        "best": max(evaluated, key=lambda row: row[key]),
-        "seconds": {name: round(seconds, 2) for name, seconds in clock.seconds.items()},
+    seconds = clock.all_seconds
+    return {
+        "last": reporter.rows[-1],
+        "best": reporter.best,
+        "examples": config.total_steps * config.batch_size,
+        "starts": clock.starts,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "goodput": round(seconds.get("training", 0.0) / sum(seconds.values()), 4),
     }
-    workdir_lib.write_json(workdir / "result.json", result)
-    return result
 
 
 def _plain(value) -> float | int:
-    return value if isinstance(value, int) else float(value)
+    return np.asarray(value).item()
 
 
-def _progress_bar() -> Progress:
+def _progress_bar(speaks: bool) -> Progress:
     return Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
@@ -260,7 +289,7 @@ def _progress_bar() -> Progress:
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (speaks and sys.stderr.isatty()),
     )
 
 

@@ -1,9 +1,12 @@
 """The story of a run, top to bottom: devices, data, model, steps, state, loop."""
 
+import contextlib
 import dataclasses
+import errno
 import importlib.util
 import os
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +15,22 @@ import jax
 from jax.sharding import Mesh
 
 from starnet_jax import config as config_lib
-from starnet_jax import evaluate, metrics, train_state, train_step
+from starnet_jax import evaluate, metrics, processes, train_state, train_step
 from starnet_jax import mesh as mesh_lib
 from starnet_jax import workdir as workdir_lib
 from starnet_jax.checkpoint import Checkpoints
 from starnet_jax.config import RunConfig
 from starnet_jax.data import pipeline
 from starnet_jax.data.source import Source, open_source
-from starnet_jax.errors import BadInput
-from starnet_jax.metrics import log
+from starnet_jax.errors import BadInput, Diverged, Interrupted
+from starnet_jax.interruption import Listener, Watchdog
+from starnet_jax.log import log
 from starnet_jax.models import has_batch_norm, overview
 from starnet_jax.train_state import TrainState
 from starnet_jax.train_step import Steps
 
 FEW = 32  # images that a BatchNorm statistic should have
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 PROFILED_STEPS = range(5, 10)  # after the start, so that compilation stays out of the trace
 
 
@@ -40,81 +45,181 @@ class Setup:
     steps: Steps
 
 
-def train(config: RunConfig, workdir: Path, profile: bool = False) -> dict:
-    """Trains to the end, from the newest checkpoint of `workdir` if there is one.
+def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = False) -> dict:
+    """Trains to the end, from the newest intact checkpoint of `workdir` if there is one.
 
     Returns:
-      What `metrics.write_result` returns.
+      What `metrics.result` returns; it stands in `result.json`.
 
     Raises:
       BadInput: something in the config, the data or the workdir cannot work.
+      Interrupted: `listener` has heard something; the state is saved.
+      Diverged: loss or gradient is not finite any more.
     """
     clock = metrics.Clock("start-up")
+    listener.grace_seconds = config.checkpoint.grace_seconds
     workdir_lib.check(workdir, config)
-    setup = _setup(config)
-    config = setup.config
-    lock = workdir_lib.create(workdir, config)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    state = _initial_state(setup, checkpoints)
-    first_step = int(state.step)
-    if first_step > config.total_steps:
-        raise BadInput(
-            f"config.epochs: {config.epochs} end at step {config.total_steps}, but {workdir} is "
-            f"at step {first_step}"
+    processes.join(config.mesh)
+    with processes.together():
+        setup = _setup(config)
+    config, speaks = setup.config, jax.process_index() == 0
+    with processes.together():
+        lock = workdir_lib.create(workdir, config) if speaks else contextlib.nullcontext()
+    clock.load(workdir / "time.json")
+
+    with lock, _disk_errors_in_one_line(workdir), Watchdog(config.mesh.step_timeout) as watchdog:
+        with closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
+            state = _initial_state(setup, checkpoints)
+            first_step = int(state.step)
+            if first_step > config.total_steps:
+                raise BadInput(
+                    f"config.epochs: {config.epochs} end at step {config.total_steps}, but "
+                    f"{workdir} is at step {first_step}"
+                )
+            if first_step == config.total_steps and (result := workdir_lib.result(workdir)):
+                log("nothing left to train")
+                return result
+            with clock.during("compiling"):
+                setup = _compiled(setup, state)
+            with metrics.Reporter(workdir, config, first_step, clock, speaks) as reporter:
+                run = _Run(setup, checkpoints, reporter, clock, listener, watchdog)
+                with processes.losses_end_here():
+                    run.train(state, first_step, profile)
+        log(reporter.where_the_time_went())
+        result = metrics.result(reporter, config, clock)
+        if speaks:
+            workdir_lib.write_json(workdir / "result.json", result)
+    return result
+
+
+class _Run:
+    """The loop, and what its stanzas share."""
+
+    def __init__(self, setup, checkpoints, reporter, clock, listener, watchdog):
+        self._setup: Setup = setup
+        self._config: RunConfig = setup.config
+        self._checkpoints: Checkpoints = checkpoints
+        self._reporter: metrics.Reporter = reporter
+        self._clock: metrics.Clock = clock
+        self._listener: Listener = listener
+        self._watchdog: Watchdog = watchdog
+        self._vote = processes.Vote(setup.mesh)
+        self._late: tuple[int, dict] | None = None  # the newest step and its unread metrics
+        self._saved_at = time.monotonic()
+
+    def train(self, state: TrainState, first_step: int, profile: bool) -> None:
+        """Steps, evaluations and checkpoints in the order in which a restart repeats them."""
+        if self._reporter.best and self._config.checkpoint.keep_best:
+            self._checkpoints.best = self._reporter.best["step"]
+        with self._listener.working():
+            missing = self._evaluation_due(first_step) and not self._reporter.evaluated(first_step)
+            if first_step and missing and not self._evaluate(first_step, state):
+                self._stop(first_step)
+            batches = _train_batches(self._setup, first_step, profile, self._reporter.workdir)
+            self._clock.switch("training")
+            self._reporter.start_timing(first_step)
+            with closing(batches):
+                for step in range(first_step + 1, self._config.total_steps + 1):
+                    state = self._step(step, state, batches)
+            self._wait_for_save()
+
+    def _step(self, step: int, state: TrainState, batches: Iterator[pipeline.Batch]) -> TrainState:
+        with self._clock.during("waiting for data"):
+            batch = mesh_lib.put(next(batches), self._setup.mesh)
+        state, measured = self._setup.steps.train(state, batch)
+        self._read_late()
+        self._late = step, measured
+        self._reporter.advance(step)
+
+        stop, save = self._vote(self._listener.heard is not None, self._minutes_over())
+        if self._evaluation_due(step):
+            self._read_late()
+            stop |= not self._evaluate(step, state)
+            save |= self._is_best(step)
+        if stop or save or self._save_due(step):
+            self._read_late()
+            self._save(step, state)
+        if stop and not (step == self._config.total_steps and self._reporter.evaluated(step)):
+            self._stop(step)
+        return state
+
+    def _read_late(self) -> None:
+        """Reads the metrics of the newest step, one step late, so that no device waits for it."""
+        if self._late is None:
+            return
+        (step, measured), self._late = self._late, None
+        measured = jax.device_get(measured)
+        self._watchdog.alive()
+        if measured["train/skipped"]:
+            self._refuse(step, measured)
+        if step % self._config.log.every_steps == 0 or self._evaluation_due(step):
+            self._reporter.write(step, measured)
+
+    def _refuse(self, step: int, measured: dict) -> None:
+        """Ends the run when more steps in a row were not finite than the config allows."""
+        loss, norm = measured["train/loss"], measured["train/grad_norm"]
+        what = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
+        allowed = self._config.optimizer.skip_nonfinite
+        if measured["train/skipped"] <= allowed:
+            log(f"{what}; left out, {measured['train/skipped']} of at most {allowed} in a row")
+            return
+        newest = self._checkpoints.newest
+        good = f"{self._checkpoints.directory}/{newest}" if newest else "none, it began anew"
+        raise Diverged(f"{what}; last good checkpoint: {good}")
+
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Adds an evaluation to the row of `step`; returns whether it came to its end."""
+        with self._clock.during("evaluation"):
+            scores = _evaluate(self._setup, state, self._go_on)
+        if scores is not None:
+            self._reporter.write(step, scores)
+        return scores is not None
+
+    def _go_on(self) -> bool:
+        self._watchdog.alive()
+        return not self._vote(self._listener.heard is not None, False)[0]
+
+    def _save(self, step: int, state: TrainState) -> None:
+        with self._clock.during("saving"):
+            self._checkpoints.save(step, state)
+        self._watchdog.alive()
+        self._saved_at = time.monotonic()
+
+    def _wait_for_save(self) -> None:
+        with self._clock.during("saving"):
+            self._checkpoints.wait()
+
+    def _stop(self, step: int) -> None:
+        self._wait_for_save()
+        raise Interrupted(
+            f"saved step {step} of {self._config.total_steps} in {self._checkpoints.directory}; "
+            "the same command goes on from there"
         )
-    if first_step == config.total_steps and (result := workdir_lib.result(workdir)):
-        log("nothing left to train")
-        return result
 
-    reporter = metrics.Reporter(workdir, config, first_step, clock)
-    with closing(lock), closing(checkpoints), reporter:
-        clock.switch("training")
-        state = _loop(setup, state, first_step, reporter, checkpoints, clock, profile)
-        if not reporter.evaluated:  # killed after the last step, or `epochs` was lowered to here
-            with clock.during("evaluation"):
-                reporter.write(config.total_steps, reporter.last | _evaluate(setup, state))
-        clock.switch("saving")
-    clock.switch("done")
-    log(reporter.where_the_time_went())
-    return metrics.write_result(workdir, config, reporter.rows, clock)
+    def _evaluation_due(self, step: int) -> bool:
+        return step == self._config.total_steps or _due(
+            step, self._config.eval.every_epochs, self._config
+        )
 
+    def _save_due(self, step: int) -> bool:
+        permanent = self._config.checkpoint.permanent_steps
+        return (
+            step == self._config.total_steps
+            or _due(step, self._config.checkpoint.every_epochs, self._config)
+            or (permanent is not None and step % permanent == 0)
+        )
 
-def _loop(setup, state, first_step, reporter, checkpoints, clock, profile) -> TrainState:
-    """Steps, evaluations and checkpoints in the order in which a restart repeats them."""
-    config = setup.config
-    late = None  # metrics are read one step late, so that the device never waits for the host
-    with closing(_train_batches(setup, first_step, profile, reporter.workdir)) as batches:
-        for step in range(first_step + 1, config.total_steps + 1):
-            with clock.during("waiting for data"):
-                batch = mesh_lib.put(next(batches), setup.mesh)
-            if step == first_step + 1:
-                with clock.during("compiling"):
-                    log("compiling the train step")
-                    state, measured = jax.block_until_ready(setup.steps.train(state, batch))
-                reporter.compiled(step)
-            else:
-                state, measured = setup.steps.train(state, batch)
-            reporter.advance(step)
-            if late:
-                reporter.write(*late)
-                late = None
+    def _is_best(self, step: int) -> bool:
+        """Whether the evaluation of `step` is the best, whose checkpoint is kept."""
+        best = self._reporter.best
+        if not (self._config.checkpoint.keep_best and best and best["step"] == step):
+            return False
+        self._checkpoints.best = step
+        return True
 
-            last = step == config.total_steps
-            save = last or _due(step, config.checkpoint.every_epochs, config)
-            if last or _due(step, config.eval.every_epochs, config):
-                jax.block_until_ready(measured)
-                with clock.during("evaluation"):
-                    measured |= _evaluate(setup, state)
-                reporter.write(step, measured)
-            elif step % config.log.every_steps == 0:
-                if save:  # a restart goes on after this step, so its row must stand
-                    reporter.write(step, measured)
-                else:
-                    late = step, measured
-            if save:
-                with clock.during("saving"):
-                    checkpoints.save(step, state)
-    return state
+    def _minutes_over(self) -> bool:
+        minutes = self._config.checkpoint.minutes
+        return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
 
 def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, dict]:
@@ -127,16 +232,18 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, dict]:
       BadInput: the workdir is another model's or holds no checkpoint, or a set cannot be opened.
     """
     workdir_lib.check(workdir, config, of_model=True)
-    trained = workdir_lib.stored_config(workdir)
-    config = dataclasses.replace(config, optimizer=trained.optimizer)  # the state's shape
+    processes.join(config.mesh)
+    if not (workdir / "checkpoints").is_dir():
+        raise BadInput(f"--workdir: {workdir} holds no checkpoint to evaluate")
     mesh = _mesh(config)
     sources = _test_sets(config)
-    with closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
+    with closing(Checkpoints(workdir, config.checkpoint, read_only=True)) as checkpoints:
+        if checkpoints.newest is None:
             raise BadInput(f"--workdir: {workdir} holds no finished checkpoint to evaluate")
-        log(f"evaluating {checkpoints.directory}/{step}")
-        state = checkpoints.restore(step, train_state.abstract(config, mesh))
+        log(f"evaluating {checkpoints.directory}/{checkpoints.newest}")
+        state = train_state.abstract(config, mesh)
+        needed = {name: getattr(state, name) for name in ("params", "batch_stats", "ema")}
+        state = state.replace(**checkpoints.restore(checkpoints.newest, needed))
     steps = train_step.build(config, mesh)
     return {
         name: _evaluate(Setup(config, mesh, source, source, steps), state)
@@ -151,16 +258,13 @@ def _mesh(config: RunConfig) -> Mesh:
     except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise BadInput(f"JAX_PLATFORMS={platforms}: no such device: {error}") from None
-    if jax.process_count() > 1:
-        raise BadInput(f"{jax.process_count()} processes: runs on several hosts are not built yet")
     mesh = mesh_lib.create(config)
     train_state.model(config, mesh)
     if has_batch_norm(config.model.name):
         groups = mesh_lib.bn_groups(config, mesh) * config.optimizer.accumulate
         if (size := config.batch_size // groups) < FEW:
             log(f"bn_group: statistics of {size} images are noisy; {FEW} or more are not")
-    device = mesh.devices.flat[0].device_kind
-    log(f"devices: {mesh.size} x {device}, {jax.process_count()} process(es)")
+    processes.check(config, mesh)
     return mesh
 
 
@@ -197,7 +301,7 @@ def _data_name(config: RunConfig) -> str:
 
 
 def _initial_state(setup: Setup, checkpoints: Checkpoints) -> TrainState:
-    config, step = setup.config, checkpoints.latest_step()
+    config, step = setup.config, checkpoints.newest
     if step is None:
         log(f"model: initialising {config.model.name}")
         state = train_state.create(config, setup.mesh)
@@ -225,8 +329,10 @@ def _train_batches(
     return _profiled(batches, workdir / "profile") if profile else batches
 
 
-def _evaluate(setup: Setup, state: TrainState) -> dict:
-    """Metrics of the raw and, where the run keeps one, the averaged weights."""
+def _evaluate(
+    setup: Setup, state: TrainState, go_on: Callable[[], bool] = lambda: True
+) -> dict | None:
+    """Metrics of the raw and, where the run keeps one, the averaged weights; None if stopped."""
     config = setup.config
     weights = {"eval/": state.variables}
     if state.ema is not None:
@@ -240,14 +346,43 @@ def _evaluate(setup: Setup, state: TrainState) -> dict:
         share=mesh_lib.share(batch_size),
         workers=config.data.workers,
     )
-    return evaluate.evaluate(
-        setup.steps.evaluate,
-        weights,
-        batches,
-        setup.mesh,
-        setup.eval_source,
-        config.model.num_classes,
+    with closing(batches):
+        return evaluate.evaluate(
+            setup.steps.evaluate,
+            weights,
+            batches,
+            setup.mesh,
+            setup.eval_source,
+            config.model.num_classes,
+            go_on,
+        )
+
+
+def _compiled(setup: Setup, state: TrainState) -> Setup:
+    """Compiles the steps before there is anything to lose."""
+    config, mesh = setup.config, setup.mesh
+    log("compiling the steps")
+    train_batch = train_step.abstract_batch(config, mesh)
+    eval_batch = train_step.abstract_batch(config, mesh, evaluation=True)
+    classes_K = jax.ShapeDtypeStruct((config.model.num_classes,), bool)
+    steps = Steps(
+        train=setup.steps.train.lower(state, train_batch).compile(),
+        evaluate=setup.steps.evaluate.lower(state.variables, eval_batch, classes_K).compile(),
     )
+    return dataclasses.replace(setup, steps=steps)
+
+
+@contextlib.contextmanager
+def _disk_errors_in_one_line(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise BadInput(
+            f"--workdir: cannot write {error.filename or workdir}: {error.strerror}; "
+            "the checkpoints are intact, and the same command goes on from them"
+        ) from None
 
 
 def _due(step: int, every_epochs: int, config: RunConfig) -> bool:

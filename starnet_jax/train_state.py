@@ -18,6 +18,7 @@ class TrainState(struct.PyTreeNode):
     """`ema` averages `params` and `batch_stats`; None when the run keeps no average."""
 
     step: jax.Array  # int32 []: optimizer steps done
+    skipped: jax.Array  # int32 []: how many of the last steps in a row were left out
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
@@ -70,6 +71,7 @@ def _init(config: RunConfig, mesh: Mesh) -> TrainState:
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.create(config, optimizer.schedule(config)).init(params),

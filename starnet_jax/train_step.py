@@ -65,6 +65,20 @@ def build(config: RunConfig, mesh: Mesh) -> Steps:
     )
 
 
+def abstract_batch(config: RunConfig, mesh: Mesh, evaluation: bool = False) -> dict:
+    """Shapes, dtypes and shardings of the batch that crosses from data to step."""
+    size = mesh_lib.eval_batch_size(config) if evaluation else config.batch_size
+    side = config.data.image_size
+    shapes = dict(image=((size, side, side, 3), jnp.uint8), label=((size,), jnp.int32))
+    shapes |= dict(index=((size,), jnp.int32))
+    shapes |= dict(mask=((size,), bool)) if evaluation else {}
+    sharding = mesh_lib.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 def update(
     model: nn.Module,
     tx: optax.GradientTransformation,
@@ -76,8 +90,10 @@ def update(
 ) -> tuple[TrainState, dict]:
     """One optimizer step on normalised images and soft targets, in `optimizer.accumulate` parts.
 
+    Where loss or gradient is not finite, nothing of the state changes but the counts of steps.
+
     Returns:
-      The next state, and float32 `train/loss` and `train/grad_norm`.
+      The next state; float32 `train/loss` and `train/grad_norm`, int32 `train/skipped`.
     """
     key = _key(config, state.step, use=1)
 
@@ -100,16 +116,21 @@ def update(
         inputs = [_cut(x, parts, devices) for x in (image_BHWC, target_BK)]
         (loss, batch_stats), grads = _mean(gradients, *inputs, jax.random.split(key, parts))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    state = state.replace(
-        step=state.step + 1,
+    changed = state.replace(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
     if config.ema:
-        average = optax.incremental_update(state.variables, state.ema, 1 - config.ema)
-        state = state.replace(ema=average)
-    return state, {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads)}
+        average = optax.incremental_update(changed.variables, state.ema, 1 - config.ema)
+        changed = changed.replace(ema=average)
+
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    state = jax.tree.map(partial(jnp.where, finite), changed, state)
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    state = state.replace(step=state.step + 1, skipped=skipped)
+    return state, {"train/loss": loss, "train/grad_norm": grad_norm, "train/skipped": skipped}
 
 
 def _cut(x: jax.Array, parts: int, devices: int) -> jax.Array:

@@ -15,7 +15,7 @@ from starnet_jax.config import RunConfig
 from starnet_jax.errors import BadInput
 
 # May differ between two starts of one run; anything else would make it another run.
-_FREE = ("epochs", "eval", "checkpoint", "log", "data.workers", "data.dir")
+_FREE = ("epochs", "eval", "checkpoint", "log", "mesh", "data.workers", "data.dir")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 

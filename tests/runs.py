@@ -31,8 +31,9 @@ def command(*arguments: object) -> list[str]:
 
 def rows(workdir: Path) -> list[dict]:
     """The metrics of a run without what depends on the clock."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [
         {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith("time/")}
         for line in lines
+        if line.endswith("\n")
     ]

@@ -45,6 +45,7 @@ def one_step(accumulate, model):
     tx = optimizer.create(settings, optimizer.schedule(settings))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         **variables,
         opt_state=tx.init(variables["params"]),
         ema=variables,

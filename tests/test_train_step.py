@@ -156,6 +156,7 @@ def training(model, **settings):
     variables = {"batch_stats": {}} | jax.tree.map(draw, shapes)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         **variables,
         opt_state=tx.init(variables["params"]),
         ema=variables if settings.ema else None,

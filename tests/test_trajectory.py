@@ -50,6 +50,7 @@ def train(name, data):
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         **variables,
         opt_state=tx.init(variables["params"]),
         ema=variables,

@@ -19,7 +19,7 @@ from starnet_jax.config import RunConfig
 from starnet_jax.data import decode, pipeline, records
 from starnet_jax.data.source import Source, open_source
 from starnet_jax.errors import BadInput
-from starnet_jax.metrics import log
+from starnet_jax.log import log
 
 SAMPLE = 64  # images of each split that are decoded
 SHEET = (6, 6)  # rows and columns

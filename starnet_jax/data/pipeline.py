@@ -12,7 +12,7 @@ from starnet_jax.data.randaugment import RandAugment
 from starnet_jax.data.records import DamagedRecord
 from starnet_jax.data.source import Label, Source
 from starnet_jax.errors import BadInput
-from starnet_jax.metrics import log
+from starnet_jax.log import log
 
 Batch = dict[str, np.ndarray]
 MAX_LABELS = 32  # of one image, where any of several is right

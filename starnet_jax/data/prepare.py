@@ -16,7 +16,7 @@ from pathlib import Path
 from starnet_jax import command
 from starnet_jax.data import dataset, imagenet, records
 from starnet_jax.errors import BadInput, nearest
-from starnet_jax.metrics import log
+from starnet_jax.log import log
 
 WHERE = "https://image-net.org/download-images (after registration)"
 

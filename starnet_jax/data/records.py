@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from starnet_jax.errors import BadInput, nearest
-from starnet_jax.metrics import log
+from starnet_jax.log import log
 
 FORMATS = ("array_record", "tfrecord")
 SCAN_THREADS = 16

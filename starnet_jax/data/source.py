@@ -14,7 +14,7 @@ from starnet_jax.data import dataset, decode, digits, imagenet, records
 from starnet_jax.data.folder import Folder
 from starnet_jax.data.records import DamagedRecord
 from starnet_jax.errors import BadInput, nearest
-from starnet_jax.metrics import log
+from starnet_jax.log import log
 
 Label = int | tuple[int, ...]  # several where any of them is right
 SCAN_THREADS = 8

@@ -16,7 +16,7 @@ def get_config(text: str = "") -> ConfigDict:
             model=dict(name=f"starnet_s050_{chosen.variant}", num_classes=10),
             data=dict(source="digits", image_size=32, train_examples=1347),
             augment=dict(crop_scale=(0.5, 1.0), crop_ratio=(0.85, 1.18), flip=0.0),
-            # Rounding that puts a ReLU6 input on the other side of a kink moves the losses by 1e-4.
+            # Rounding that puts a ReLU6 input on the other side of a kink moves the losses by 1e-3.
             # With this seed none does in the first 20 steps: one and four devices agree to 1e-6.
             seed=1,
             batch_size=64,

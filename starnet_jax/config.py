@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from starnet_jax.errors import BadInput, nearest
+from starnet_jax.errors import BadInput, nearest, nearest_key
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,8 @@ def _build(section: type, settings: Mapping, prefix: str):
     values = {}
     for key, value in settings.items():
         if key not in hints:
-            raise BadInput(f"config: unknown key {prefix + key!r}{nearest(prefix + key, _keys())}")
+            full = f"{prefix}{key}"
+            raise BadInput(f"config: unknown key {full!r}{nearest_key(full, _keys())}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise BadInput(f"config.{prefix}{key}: is a section, not {value!r}")
@@ -350,7 +351,7 @@ def _override(section, path: list[str], text: str, prefix: str):
     hints = typing.get_type_hints(type(section))
     full = prefix + ".".join(path)
     if key not in hints or bool(rest) != dataclasses.is_dataclass(hints[key]):
-        raise BadInput(f"--config.{full}: unknown key{nearest(full, _keys())}")
+        raise BadInput(f"--config.{full}: unknown key{nearest_key(full, _keys())}")
     if rest:
         value = _override(getattr(section, key), rest, text, prefix=f"{prefix}{key}.")
     elif str in _options(hints[key]) and _literal(text) is not None:
@@ -445,7 +446,7 @@ def _check_values(config: RunConfig) -> None:
         "epochs": (1 <= config.epochs < 1 << 20, "at least 1, below 2^20"),
         "model.num_classes": (config.model.num_classes >= 2, "at least 2"),
         "model.drop_path": (0 <= config.model.drop_path < 1, "in [0, 1)"),
-        "data.image_size": (config.data.image_size >= 1, "at least 1"),
+        "data.image_size": (1 <= config.data.image_size <= 1 << 13, "in [1, 8192]"),
         "data.workers": (1 <= config.data.workers <= 1024, "in [1, 1024]"),
         "data.train_examples": (_none_or_above_0(config.data.train_examples), "at least 1"),
         "augment.crop_scale": (0 < low <= high <= 1, "0 < smallest <= largest <= 1"),
@@ -482,7 +483,10 @@ def _check_values(config: RunConfig) -> None:
         "schedule.cooldown_epochs": (config.schedule.cooldown_epochs >= 0, "at least 0"),
         "eval.every_epochs": (config.eval.every_epochs >= 1, "at least 1"),
         "eval.crop": (0.1 <= config.eval.crop <= 1, "in [0.1, 1]"),
-        "eval.batch_size": (1 <= (config.eval.batch_size or 1) <= 1 << 16, "in [1, 65536]"),
+        "eval.batch_size": (
+            config.eval.batch_size is None or 1 <= config.eval.batch_size <= 1 << 16,
+            "in [1, 65536]",
+        ),
         "checkpoint.every_epochs": (config.checkpoint.every_epochs >= 1, "at least 1"),
         "checkpoint.minutes": (_none_or_above_0(config.checkpoint.minutes), "above 0, or none"),
         "checkpoint.keep": (config.checkpoint.keep >= 1, "at least 1"),

@@ -16,6 +16,9 @@ INTERRUPTED = 75  # saved; start the same command again
 class BadInput(ValueError):  # noqa: N818
     """Something the user said cannot work; the message is one line that names it."""
 
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 class Interrupted(Exception):  # noqa: N818
     """The run was told to end and has saved; the same command goes on. The message says where."""
@@ -32,3 +35,19 @@ def nearest(word: object, choices: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(choices)}"
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str:
+    """As `nearest` for dotted keys: first the nearest section, then the nearest name in it."""
+    keys = list(keys)
+    section, _, name = key.rpartition(".")
+    sections = {k.rpartition(".")[0] for k in keys} - {""}
+    close = difflib.get_close_matches(section, sections, n=1, cutoff=0.6)
+    if not close:
+        return nearest(key, keys)
+    names = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == close[0]]
+    spelled_out = [n for n in names if "".join(word[0] for word in n.split("_")) == name]
+    found = spelled_out or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    if found:
+        return f"; did you mean '{close[0]}.{found[0]}'?"
+    return f"; known: {', '.join(f'{close[0]}.{n}' for n in names)}"

@@ -46,7 +46,10 @@ def _parser() -> command.Parser:
 def _folder(text: str) -> Path:
     if not text or "://" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no local folder")
-    return Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
+    folder = Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such user")
+    return folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,11 +74,12 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str], listener: L
     if not processes.is_first():
         return
     last, seconds = result["last"], sum(result["seconds"].values())
-    right = round(last["eval/top1"] * last["eval/count"])
+    averaged = "eval/ema_top1" in last
+    top1, count = last["eval/ema_top1" if averaged else "eval/top1"], last["eval/count"]
     print(
-        f"done in {seconds:.0f} s: top-1 {100 * last['eval/top1']:.2f} % "
-        f"({right}/{last['eval/count']}); checkpoints, metrics and result.json are in "
-        f"{arguments.workdir}"
+        f"done in {seconds:.0f} s: top-1 {100 * top1:.2f} % ({round(top1 * count)}/{count}"
+        f"{' with averaged weights' if averaged else ''}); "
+        f"checkpoints, metrics and result.json are in {arguments.workdir}"
     )
 
 

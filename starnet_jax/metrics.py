@@ -101,14 +101,21 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The complete rows of a `metrics.jsonl`; a line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
+    """The complete rows of a `metrics.jsonl`; a line cut off by a kill is left out.
+
+    Raises:
+      BadInput: something else is in the file.
+    """
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise BadInput(f"--workdir: cannot read {path}: {error}") from None
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(row["step"], int) for row in rows):
+            raise ValueError("a row without its step")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--workdir: cannot read {path}: {' '.join(str(error).split())}") from None
+    return rows
 
 
 class Reporter:
@@ -129,6 +136,7 @@ class Reporter:
             "", total=config.total_steps, completed=first_step, epoch="", rate=0.0
         )
         self._mark = first_step, (0.0, 0.0)  # step of the last row, and `clock.stepping()` then
+        self._table_mark = self._mark  # the same for the last line of the table
         self._base = 0.0, 0.0  # `clock.stepping()` when the steps began
         self._timed = first_step, time.monotonic()  # when the steps began
         self._header_due = True
@@ -169,14 +177,15 @@ class Reporter:
     def start_timing(self, step: int) -> None:
         """Starts the measurement of speed: what came before was start-up and compilation."""
         self._base = self._clock.stepping()
-        self._mark = step, self._base
+        self._mark = self._table_mark = step, self._base
         self._timed = step, time.monotonic()
 
     def write(self, step: int, scalars: dict) -> None:
         """Adds to the row of `step` everywhere; an evaluation also makes a line of the table."""
         row = {"step": step, "time": time.time()} | {k: _plain(v) for k, v in scalars.items()}
         if step > self._mark[0]:
-            row |= self._speed(step)
+            row |= self._speed(step, self._mark)
+            self._mark = step, self._clock.stepping()
             self._progress.update(self._task, rate=row["time/images_per_second"])
         self._file.write(row)
         measured = {k: v for k, v in row.items() if "/" in k}
@@ -190,15 +199,15 @@ class Reporter:
             if "eval/top1" in row:
                 self._print(self.rows[-1])
 
-    def _speed(self, step: int) -> dict[str, float]:
-        """Images a second and the share of time spent waiting for data, since the last row."""
-        since_step, (stepping, waiting) = self._mark
-        self._mark = step, self._clock.stepping()
+    def _speed(self, step: int, mark: tuple[int, tuple[float, float]]) -> dict[str, float]:
+        """Images a second and the share of time spent waiting for data, since the mark."""
+        since_step, (stepping, waiting) = mark
+        stepping_now, waiting_now = self._clock.stepping()
+        seconds = max(stepping_now - stepping, 1e-9)
         images = (step - since_step) * self._config.batch_size
-        seconds = max(self._mark[1][0] - stepping, 1e-9)
         return {
             "time/images_per_second": round(images / seconds, 1),
-            "time/data_wait": round((self._mark[1][1] - waiting) / seconds, 4),
+            "time/data_wait": round((waiting_now - waiting) / seconds, 4),
         }
 
     def where_the_time_went(self) -> str:
@@ -226,6 +235,8 @@ class Reporter:
         if self._header_due:
             print(HEADER + ("    EMA %" if self._config.ema else ""))
             self._header_due = False
+        row = row | self._speed(row["step"], self._table_mark)  # of the whole epoch
+        self._table_mark = row["step"], self._clock.stepping()
         print(table_row(row, self._config, self._seconds_left(row["step"])), flush=True)
         self._progress.start()
 
@@ -236,7 +247,7 @@ class Reporter:
 
 
 INPUT_BOUND = 0.1  # share of waiting from which the log speaks up,
-WORTH_SAYING = 30.0  # and seconds
+WORTH_SAYING = 5.0  # and seconds
 
 HEADER = "epoch    step     loss  images/s  top-1 %  top-5 %         seen      ETA"
 
@@ -248,7 +259,7 @@ def table_row(row: dict, config: RunConfig, seconds_left: float) -> str:
     line = (
         f"{row['step'] / config.steps_per_epoch:5.0f} {row['step']:7d} "
         f"{row.get('train/loss', float('nan')):8.4f} "
-        f"{row.get('time/images_per_second', 0):9,.0f} {100 * row['eval/top1']:8.2f} "
+        f"{row['time/images_per_second']:9,.0f} {100 * row['eval/top1']:8.2f} "
         f"{100 * row['eval/top5']:8.2f} {seen:>12} {minutes:5d}:{seconds:02d}"
     )
     if "eval/ema_top1" in row:

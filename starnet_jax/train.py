@@ -64,7 +64,7 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
         setup = _setup(config)
     config, speaks = setup.config, jax.process_index() == 0
     with processes.together():
-        lock = workdir_lib.create(workdir, config) if speaks else contextlib.nullcontext()
+        lock = workdir_lib.create(workdir) if speaks else contextlib.nullcontext()
     clock.load(workdir / "time.json")
 
     with lock, _disk_errors_in_one_line(workdir), Watchdog(config.mesh.step_timeout) as watchdog:
@@ -81,6 +81,8 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
                 return result
             with clock.during("compiling"):
                 setup = _compiled(setup, state)
+            if speaks:
+                workdir_lib.write_config(workdir, config)
             with metrics.Reporter(workdir, config, first_step, clock, speaks) as reporter:
                 run = _Run(setup, checkpoints, reporter, clock, listener, watchdog)
                 with processes.losses_end_here():
@@ -109,8 +111,7 @@ class _Run:
 
     def train(self, state: TrainState, first_step: int, profile: bool) -> None:
         """Steps, evaluations and checkpoints in the order in which a restart repeats them."""
-        if self._reporter.best and self._config.checkpoint.keep_best:
-            self._checkpoints.best = self._reporter.best["step"]
+        self._is_best(first_step)
         with self._listener.working():
             missing = self._evaluation_due(first_step) and not self._reporter.evaluated(first_step)
             if first_step and missing and not self._evaluate(first_step, state):
@@ -132,15 +133,18 @@ class _Run:
         self._reporter.advance(step)
 
         stop, save = self._vote(self._listener.heard is not None, self._minutes_over())
+        if stop or save or self._save_due(step):
+            self._read_late()  # its row must stand before a restart goes on after it
+            self._save(step, state)
+        if stop:
+            self._stop(step)
         if self._evaluation_due(step):
             self._read_late()
-            stop |= not self._evaluate(step, state)
-            save |= self._is_best(step)
-        if stop or save or self._save_due(step):
-            self._read_late()
-            self._save(step, state)
-        if stop and not (step == self._config.total_steps and self._reporter.evaluated(step)):
-            self._stop(step)
+            finished = self._evaluate(step, state)
+            if self._checkpoints.newest != step and (self._is_best(step) or not finished):
+                self._save(step, state)
+            if not finished:
+                self._stop(step)
         return state
 
     def _read_late(self) -> None:
@@ -212,10 +216,9 @@ class _Run:
     def _is_best(self, step: int) -> bool:
         """Whether the evaluation of `step` is the best, whose checkpoint is kept."""
         best = self._reporter.best
-        if not (self._config.checkpoint.keep_best and best and best["step"] == step):
-            return False
-        self._checkpoints.best = step
-        return True
+        if self._config.checkpoint.keep_best and best:
+            self._checkpoints.best = best["step"]
+        return self._checkpoints.best == step
 
     def _minutes_over(self) -> bool:
         minutes = self._config.checkpoint.minutes

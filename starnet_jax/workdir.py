@@ -62,26 +62,19 @@ def _stored(workdir: Path) -> dict | None:
         raise BadInput(f"--workdir: cannot read {path}: {error}") from None
 
 
-def create(workdir: Path, config: RunConfig) -> TextIO:
-    """Makes the folder and writes `config.json`: settings, versions and command.
+def create(workdir: Path) -> TextIO:
+    """Makes the folder.
 
     Returns:
-      The lock of the folder, held until it is closed or the process ends.
+      Its lock, held until it is closed or the process ends.
 
     Raises:
       BadInput: the folder cannot be written, or another run is using it.
     """
-    content = {
-        "config": config.to_json(),
-        "versions": {name: _version(name) for name in _PACKAGES}
-        | {"starnet-jax": __version__, "python": platform.python_version()},
-        "command": [sys.executable, *sys.argv],
-    }
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        write_json(workdir / "config.json", content)
     except BlockingIOError:
         raise BadInput(f"--workdir: another run is using {workdir}") from None
     except OSError as error:
@@ -89,13 +82,30 @@ def create(workdir: Path, config: RunConfig) -> TextIO:
     return lock
 
 
+def write_config(workdir: Path, config: RunConfig) -> None:
+    """Writes `config.json`: settings, versions and command; the folder belongs to them."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    versions |= {"starnet-jax": __version__, "python": platform.python_version()}
+    command = [sys.executable, *sys.argv]
+    content = {"config": config.to_json(), "versions": versions, "command": command}
+    write_json(workdir / "config.json", content)
+
+
 def result(workdir: Path) -> dict | None:
-    """What `result.json` holds, once the run is finished."""
+    """What `result.json` holds, once the run is finished.
+
+    Raises:
+      BadInput: it is not what a run writes.
+    """
     path = workdir / "result.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise BadInput(f"--workdir: cannot read {path}: {error}") from None
+        stored = json.loads(path.read_text())
+        stored["last"]["eval/top1"], stored["last"]["eval/count"], stored["seconds"].values()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--workdir: cannot read {path}: {' '.join(str(error).split())}") from None
+    return stored
 
 
 def write_json(path: Path, content: dict) -> None:

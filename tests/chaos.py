@@ -99,8 +99,18 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
         saved = checkpointer.metadata(path).item_metadata.tree
         to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         tree = checkpointer.restore(path, restore_args=to_numpy)
+    return by_path(tree)
+
+
+def by_path(tree) -> dict[str, np.ndarray]:
+    """The leaves by their path, however its parts are spelled: `params/head/kernel`."""
+    import jax
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(place): np.asarray(leaf) for place, leaf in leaves}
+    return {
+        jax.tree_util.keystr(place, simple=True, separator="/"): np.asarray(leaf)
+        for place, leaf in leaves
+    }
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:

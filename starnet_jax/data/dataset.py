@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from starnet_jax.data import imagenet
+from starnet_jax.data import imagenet, records
 from starnet_jax.errors import BadInput, nearest
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^:/]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -33,9 +33,9 @@ def open_prepared(name: str, data_dir: str | None):
     path = find(name, data_dir)
     try:
         return tfds.builder_from_directory(path)
-    except (OSError, ValueError, KeyError, tfds.core.registered.DatasetNotFoundError) as error:
+    except (*records.file_errors(), ValueError, KeyError, RuntimeError) as error:
         raise BadInput(
-            f"config.data.dir: {path} is no readable TFDS dataset: {' '.join(str(error).split())}"
+            f"config.data.dir: {path} is no readable TFDS dataset: {records.reason(error)}"
         ) from None
 
 
@@ -125,8 +125,8 @@ def _folders(path) -> list[str]:
         return _entries(path)
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise BadInput(f"config.data.dir: cannot read {path}: {error.strerror}") from None
+    except records.file_errors() as error:
+        raise BadInput(f"config.data.dir: cannot read {path}: {records.reason(error)}") from None
 
 
 def _entries(path) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from starnet_jax import command
-from starnet_jax.data import dataset, imagenet, records
+from starnet_jax.data import dataset, ilsvrc_tar, imagenet, records
 from starnet_jax.errors import BadInput, nearest
 from starnet_jax.log import log
 
@@ -101,12 +101,13 @@ def prepare(name: str, data_dir: str, manual_dir: str | None, file_format: str):
     if not tars and manual_dir is None and builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         instructions = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
         raise BadInput(f"--manual_dir: {name} needs files that you fetch by hand: {instructions}")
-    _check_writable(data_dir, tars)
-    _show_totals(builder, tars)
-    _report_leftovers(builder)
-    log(f"writing {builder.info.full_name} as {file_format} to {builder.data_path}")
-    with _errors_in_one_line(builder, manual_dir), contextlib.redirect_stdout(sys.stderr):
-        _write(builder, manual_dir, file_format)
+    with _no_folders_after_failure(builder), _errors_in_one_line(builder, manual_dir):
+        _check_writable(data_dir, tars)
+        _show_totals(builder, tars)
+        _report_leftovers(builder)
+        log(f"writing {builder.info.full_name} as {file_format} to {builder.data_path}")
+        with contextlib.redirect_stdout(sys.stderr):
+            _write(builder, manual_dir, file_format)
     for tar in imagenet.TARS.get(builder.name, ()):
         found = builder.info.splits[tar.split].num_examples
         if found != tar.num_examples:
@@ -127,11 +128,15 @@ def _builder(name: str, data_dir: str):
         raise BadInput(f"--name: no TFDS dataset {name!r}{known}") from None
     except (ValueError, AssertionError) as error:  # config or version
         raise BadInput(f"--name: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise BadInput(f"--dir: cannot read {data_dir}: {error.strerror}") from None
+    except ImportError as error:
+        raise BadInput(f"--name: {name!r} needs a package: {records.reason(error)}") from None
+    except (*records.file_errors(), RuntimeError) as error:
+        raise BadInput(f"--dir: cannot read {data_dir}: {records.reason(error)}") from None
 
 
 def _existing(builder, file_format: str):
+    if not (builder.data_path / "dataset_info.json").exists():
+        raise BadInput(f"--dir: {builder.data_path} is there, but holds no dataset; remove it")
     stored = builder.info.file_format.value
     if stored != file_format:
         raise BadInput(
@@ -143,7 +148,9 @@ def _existing(builder, file_format: str):
 
 
 def _find_tars(name: str, manual_dir: str | None) -> list[tuple[imagenet.Tar, Path]]:
-    """The tar files that the dataset is made of, found and opened once."""
+    """The tar files that the dataset is made of, found and checked."""
+    import tensorflow_datasets as tfds
+
     expected = imagenet.TARS.get(name, ())
     if not expected:
         return []
@@ -156,27 +163,10 @@ def _find_tars(name: str, manual_dir: str | None) -> list[tuple[imagenet.Tar, Pa
     missing = [tar.name for tar in expected if not (folder / tar.name).is_file()]
     if missing:
         raise BadInput(f"--manual_dir: {manual_dir} lacks {' and '.join(missing)}, from {WHERE}")
+    wnids = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
     for tar in expected:
-        _check_tar(tar, folder / tar.name)
+        ilsvrc_tar.check(tar, folder / tar.name, wnids)
     return [(tar, folder / tar.name) for tar in expected]
-
-
-def _check_tar(tar: imagenet.Tar, path: Path) -> None:
-    inside = "one .tar for each class" if tar.split == "train" else "the images"
-    try:
-        with tarfile.open(path, "r:") as file:
-            first = file.next()
-    except (OSError, tarfile.TarError) as error:
-        raise BadInput(f"--manual_dir: cannot read {path}: {error}") from None
-    suffix = ".tar" if tar.split == "train" else ".JPEG"
-    if first is None or not first.name.endswith(suffix):
-        found = f"begins with {first.name}" if first else "is empty"
-        raise BadInput(f"--manual_dir: {path} should hold {inside}, but {found}")
-    if path.stat().st_size != tar.num_bytes:
-        log(
-            f"{path} has {path.stat().st_size} bytes, not the {tar.num_bytes} of the full file: "
-            "an unfinished download, or a part of ImageNet"
-        )
 
 
 def _check_writable(data_dir: str, tars: list) -> None:
@@ -228,16 +218,37 @@ def _write(builder, manual_dir: str | None, file_format: str) -> None:
 
 @contextlib.contextmanager
 def _errors_in_one_line(builder, manual_dir: str | None):
-    """Turns what files, disk and network do wrong into BadInput."""
+    """Turns what files, disk, network and TFDS do wrong into BadInput."""
     import tensorflow_datasets as tfds
 
     try:
         yield
     except tarfile.TarError as error:
         raise BadInput(f"--manual_dir: a tar file in {manual_dir} is damaged: {error}") from None
-    except (OSError, tfds.download.DownloadError) as error:
-        reason = " ".join(str(error).split())
+    except (
+        *records.file_errors(),
+        tfds.download.DownloadError,
+        AssertionError,  # TFDS misses a file in manual_dir
+        ImportError,
+        RuntimeError,  # TFDS cannot encode an example
+    ) as error:
+        reason = " ".join(str(error).split())  # with the name of the file
         raise BadInput(f"--name: {builder.name} could not be prepared: {reason}") from None
+
+
+@contextlib.contextmanager
+def _no_folders_after_failure(builder):
+    """Removes the folders that a failure leaves empty; finished downloads stay for the next try."""
+    downloads, target = Path(builder.data_dir_root, "downloads"), Path(builder.data_path)
+    inner_first = downloads / "extracted", downloads / builder.name, downloads, *target.parents
+    made = [folder for folder in inner_first if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 if __name__ == "__main__":

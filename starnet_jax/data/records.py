@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,7 +116,10 @@ class ArrayRecords(_Shards):
 
     def __getitem__(self, index: int) -> bytes:
         shard, position = self._locate(index)
-        reader = self._reader(shard)
+        key = os.getpid(), shard  # a forked process opens its own
+        reader = self._readers.get(key)
+        if reader is None:
+            reader = self._readers.setdefault(key, self._open(shard, index))
         found, expected = reader.num_records(), self.shards[shard].length
         if found != expected:
             raise self._damaged(index, f"the file is cut off or damaged: {found} of {expected}")
@@ -124,19 +128,23 @@ class ArrayRecords(_Shards):
         except RuntimeError as error:
             raise self._damaged(index, error) from None
 
-    def _reader(self, shard: int):
-        key = os.getpid(), shard  # a forked process opens its own
-        reader = self._readers.get(key)
-        if reader is None:
-            from array_record.python import array_record_module
+    def _open(self, shard: int, index: int):
+        from array_record.python import array_record_module
 
-            reader = array_record_module.ArrayRecordReader(
-                self.shards[shard].path,
-                options="readahead_buffer_size:0",  # the next read is somewhere else
-                file_reader_buffer_size=32768,
-            )
-            reader = self._readers.setdefault(key, reader)
-        return reader
+        path = self.shards[shard].path
+        reader = array_record_module.ArrayRecordReader(
+            path,
+            options="readahead_buffer_size:0",  # the next read is somewhere else
+            file_reader_buffer_size=32768,
+        )
+        if reader.ok():
+            return reader
+        _check_readable(path)
+        try:
+            reader.close()
+        except RuntimeError as error:  # only here does the reader say why
+            raise self._damaged(index, f"the file is cut off or damaged: {error}") from None
+        raise self._damaged(index, "the file is cut off or damaged")
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_readers": {}}
@@ -169,7 +177,7 @@ class TFRecords(_Shards):
         offset, size = int(self._index.offsets[place]), int(self._index.sizes[place])
         try:
             framed = self._read(shard, offset, _HEADER + size + _FOOTER)
-        except OSError as error:
+        except file_errors() as error:
             raise self._unreadable(index, error) from None
         if len(framed) < _HEADER + size + _FOOTER or framed[:8] != struct.pack("<Q", size):
             raise self._damaged(index, "the file has changed since it was opened")
@@ -190,10 +198,10 @@ class TFRecords(_Shards):
                 os.close(opened)
         return os.pread(file, size, offset)
 
-    def _unreadable(self, index: int, error: OSError) -> BadInput:
-        if error.errno == errno.EIO:  # a bad block, not a lost disk
-            return self._damaged(index, error.strerror)
-        return BadInput(f"config.data.dir: cannot read {self.name(index)}: {error.strerror}")
+    def _unreadable(self, index: int, error: Exception) -> BadInput:
+        if getattr(error, "errno", None) == errno.EIO:  # a bad block, not a lost disk
+            return self._damaged(index, reason(error))
+        return BadInput(f"config.data.dir: cannot read {self.name(index)}: {reason(error)}")
 
     def _check(self) -> None:
         """Compares what the index found with what the dataset says; logs damaged files."""
@@ -280,8 +288,8 @@ def _scan_file(path: str) -> tuple[np.ndarray, np.ndarray, str]:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             number = file.fileno()
             return scan(lambda offset, size: os.pread(number, size, offset), _stat(path)[0])
-    except OSError as error:
-        raise BadInput(f"config.data.dir: cannot read {path}: {error.strerror}") from None
+    except file_errors() as error:
+        raise BadInput(f"config.data.dir: cannot read {path}: {reason(error)}") from None
 
 
 def masked(crc: int) -> bytes:
@@ -343,6 +351,17 @@ def is_remote(path: str) -> bool:
     return "://" in str(path)
 
 
+def file_errors() -> tuple[type[Exception], ...]:
+    """What files raise that cannot be reached: OSError and, on `gs://`, errors of TensorFlow."""
+    tensorflow = sys.modules.get("tensorflow")  # what is not loaded has raised nothing
+    return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
 def _fingerprint(shards: Sequence[Shard]) -> np.ndarray:
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         stats = list(pool.map(_stat, (shard.path for shard in shards)))
@@ -359,8 +378,18 @@ def _stat(path: str) -> tuple[int, int]:
             return found.length, int(found.mtime)
         found = os.stat(path)
         return found.st_size, found.st_mtime_ns
-    except OSError as error:
-        raise BadInput(f"config.data.dir: cannot read {path}: {error.strerror}") from None
+    except file_errors() as error:
+        raise BadInput(f"config.data.dir: cannot read {path}: {reason(error)}") from None
+
+
+def _check_readable(path: str) -> None:
+    from etils import epath
+
+    try:
+        with epath.Path(path).open("rb") as file:
+            file.read(1)
+    except file_errors() as error:
+        raise BadInput(f"config.data.dir: cannot read {path}: {reason(error)}") from None
 
 
 def _read_remote(path: str, offset: int, size: int) -> bytes:

@@ -92,10 +92,10 @@ def has_batch_norm(name: str) -> bool:
 
 
 def _split_operation(name: str) -> tuple[str, str | None]:
-    for op in OPS:
-        if name.endswith(f"_{op}"):
-            return name.removesuffix(f"_{op}"), op
-    return name, None
+    """Name and operation; the authors' own spelling, DemoNet_d12_w192_mul, is understood."""
+    base, _, suffix = name.lower().rpartition("_")
+    op = "star" if suffix == "mul" else suffix
+    return (base, op) if base and op in OPS else (name.lower(), None)
 
 
 def _architecture(base: str) -> tuple[type[nn.Module], dict, int]:

@@ -43,8 +43,7 @@ def test_parameters_are_as_many_as_published(name):
 def test_all_models_have_the_authors_number_of_elements(golden):
     counts = json.loads((golden / "counts.json").read_text())
     expected = {
-        ours(name): [entry["params"], entry["bn_buffers"]]
-        for name, entry in counts["models"].items()
+        name: [entry["params"], entry["bn_buffers"]] for name, entry in counts["models"].items()
     }
     assert {name: sizes(name) for name in expected} == expected
 
@@ -52,8 +51,4 @@ def test_all_models_have_the_authors_number_of_elements(golden):
 @pytest.mark.parametrize("name", ["demonet_2d_mul", "demonet_2d_sum"])
 def test_point_networks_have_the_authors_number_of_parameters(golden, name):
     counts = json.loads((golden / "counts.json").read_text())
-    assert sizes(ours(name), num_classes=2) == [counts["models_2d"][name]["params"], 0]
-
-
-def ours(name):
-    return name.lower().replace("_mul", "_star")
+    assert sizes(name, num_classes=2) == [counts["models_2d"][name]["params"], 0]

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -8,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import runs
+from PIL import Image
 
 from starnet_jax import config as config_lib
 from starnet_jax import main as main_lib
@@ -222,11 +224,54 @@ def test_workdir_of_another_config_is_refused(finished, capsys):
 
 def test_a_run_that_is_past_its_last_epoch_is_refused(finished, capsys):
     workdir, _ = finished
+    before = (workdir / "config.json").read_text()
     code = main_lib.main(
         [runs.QUICKSTART, f"--workdir={workdir}", *runs.SMALL, "--config.epochs=1"]
     )
     assert code == 2
     assert "is at step 42" in capsys.readouterr().err
+    assert (workdir / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', "\xff", '{"step": 1, "t'])
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.json"])
+def test_a_damaged_file_of_the_workdir_ends_in_one_line(name, content, finished, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    if name != "result.json":
+        (workdir / "result.json").unlink()
+    (workdir / name).write_bytes(content.encode("latin1") + b"\n")
+    if (name, content) == ("metrics.jsonl", ""):
+        (workdir / name).write_bytes(b"[]\n")
+    code = main_lib.main([runs.QUICKSTART, f"--workdir={workdir}", *runs.SMALL])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert code == 2 and len(lines) == 1 and name in lines[0]
+
+
+def test_an_image_that_fails_the_evaluation_costs_no_epoch(tmp_path):
+    """The state is saved before the evaluation that ends the run."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(2):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / str(label) / f"{i}.png")
+    (tmp_path / "val" / "1" / "5.png").write_bytes(b"no image")
+    process = runs.main(
+        runs.QUICKSTART,
+        f"--workdir={tmp_path}/run",
+        *runs.SMALL,
+        "--config.data.source=folder",
+        f"--config.data.dir={tmp_path}",
+        "--config.data.train_examples=16",
+        "--config.model.num_classes=2",
+        "--config.batch_size=8",
+        "--config.epochs=1",
+    )
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("error: ") and "5.png" in process.stderr
+    assert (tmp_path / "run" / "checkpoints" / "2" / "digest.json").exists()
 
 
 def test_help_names_every_flag(capsys):

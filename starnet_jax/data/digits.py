@@ -4,14 +4,19 @@ Nothing is downloaded: the scans are part of scikit-learn (UCI optical recogniti
 """
 
 import contextlib
+import fcntl
 import io
 import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from starnet_jax.data import records
 from starnet_jax.errors import BadInput
+from starnet_jax.log import log
 
 VERSION = "1.0.0"
 NUM_TEST = 450
@@ -29,26 +34,62 @@ def default_dir() -> Path:
 def prepare(data_dir: str | os.PathLike):
     """Returns the TFDS builder of the digits below `data_dir`, written there if it is not yet.
 
+    Damaged ones are written anew. Several processes may do this at once.
+
     Splits `train` (1,347) and `test` (450), stratified; PNG of 12x12 grey pixels; class names 0-9.
 
     Raises:
       BadInput: the folder cannot be written.
     """
+    data_dir = Path(os.path.expanduser(data_dir))
+    folder = data_dir / "digits" / VERSION
+    if builder := _open(folder):
+        return builder
+    try:
+        with _one_at_a_time(folder.parent):
+            return _open(folder) or _write(data_dir, folder)  # another process may have been faster
+    except records.file_errors() as error:
+        if builder := _open(folder):
+            return builder
+        raise BadInput(f"config.data.dir: cannot write the digits to {data_dir}: {error}") from None
+
+
+def _open(folder: Path):
+    """The builder of the digits; None where they are missing or damaged."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        shards = [s for split in builder.info.splits.values() for s in split.file_instructions]
+        whole = bool(shards)
+        if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # else not from here
+            for shard in shards:
+                found = ArrayRecordReader(os.fspath(shard.filename)).read_all()
+                whole &= len(found) == shard.examples_in_shard
+    except Exception:  # bytes that are no dataset fail in many ways
+        return None
+    return builder if whole else None
+
+
+def _write(data_dir: Path, folder: Path):
     import tensorflow_datasets as tfds
 
-    data_dir = Path(os.path.expanduser(data_dir))
-    existing = data_dir / "digits" / VERSION
-    try:
-        if not existing.exists():
-            with _quiet():
-                _builder_class()(
-                    data_dir=data_dir, file_format="array_record"
-                ).download_and_prepare()
-        return tfds.builder_from_directory(existing)
-    except OSError as error:
-        if existing.exists():  # another process was faster
-            return tfds.builder_from_directory(existing)
-        raise BadInput(f"config.data.dir: cannot write the digits to {data_dir}: {error}") from None
+    if folder.exists():
+        log(f"the digits in {folder} are damaged; they are written anew")
+        shutil.rmtree(folder)
+    with _quiet():
+        _builder_class()(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return tfds.builder_from_directory(folder)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:

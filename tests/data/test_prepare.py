@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import ilsvrc
@@ -57,7 +58,7 @@ def test_interrupted_command_leaves_nothing_behind(sent, tars, tmp_path):
     assert list((out / "imagenet2012").glob("incomplete.*"))
     process.send_signal(sent)
     assert process.wait(30) == 128 + sent
-    assert not list((out / "imagenet2012").iterdir())
+    assert not out.exists()
 
 
 def test_leftovers_of_a_killed_preparation_are_named(tars, tmp_path, capsys):
@@ -92,6 +93,50 @@ def cut_off(folder: Path) -> Path:
     return folder
 
 
+def validation_cut_off(size: int):
+    """In an image or a header, or just where one would begin."""
+
+    def make(folder: Path) -> Path:
+        ilsvrc.write(folder)
+        os.truncate(folder / TARS[1], size)
+        return folder
+
+    return make
+
+
+def class_replaced(content: Callable[[bytes], bytes], wnid: str = ilsvrc.CLASSES[1]):
+    """Another file in the place of the tar of a class."""
+
+    def make(folder: Path) -> Path:
+        ilsvrc.write(folder)
+        files = ilsvrc.train_files(6).items()
+        inner = {f"{name}.tar": ilsvrc._tar(images).getvalue() for name, images in files}
+        inner[f"{wnid}.tar"] = content(inner[f"{ilsvrc.CLASSES[1]}.tar"])
+        (folder / TARS[0]).write_bytes(ilsvrc._tar(inner).getvalue())
+        return folder
+
+    return make
+
+
+def validation_with(change: Callable[[dict], object]):
+    """Other files among the validation images."""
+
+    def make(folder: Path) -> Path:
+        ilsvrc.write(folder)
+        files = ilsvrc.validation_files(12)
+        change(files)
+        (folder / TARS[1]).write_bytes(ilsvrc._tar(files).getvalue())
+        return folder
+
+    return make
+
+
+def broken_image(folder: Path) -> Path:
+    """One of those that TFDS decodes."""
+    files = {ilsvrc.CMYK: b"nonsense"}
+    return class_replaced(lambda tar: ilsvrc._tar(files).getvalue())(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -102,6 +147,23 @@ def cut_off(folder: Path) -> Path:
         (swapped, "should hold one .tar for each class, but begins with ILSVRC2012_val_00000001"),
         (no_tar, "cannot read"),
         (cut_off, "is damaged"),
+        (validation_cut_off(9_000), "ILSVRC2012_img_val.tar is damaged or cut off"),
+        (validation_cut_off(600), "ILSVRC2012_img_val.tar is damaged or cut off"),
+        (validation_cut_off(1024), "ILSVRC2012_img_val.tar is damaged or cut off at byte 1536"),
+        (validation_cut_off(1536), "ILSVRC2012_img_val.tar is damaged or cut off at byte 1536"),
+        (class_replaced(lambda tar: tar[:3000]), "n01739381.tar in it is cut off"),
+        (class_replaced(lambda tar: tar[:4096]), "n01739381.tar in it is cut off"),
+        (class_replaced(lambda tar: b""), "n01739381.tar in it is cut off"),
+        (class_replaced(lambda tar: b"junk" * 1024), "n01739381.tar in it is cut off or no tar"),
+        (class_replaced(bytes, "n99999999"), "holds n99999999.tar, which is no class"),
+        (
+            validation_with(lambda files: files.pop("ILSVRC2012_val_00000007.JPEG")),
+            "holds ILSVRC2012_val_00000008.JPEG in the place of ILSVRC2012_val_00000007.JPEG",
+        ),
+        (
+            validation_with(lambda files: files.update({"A.JPEG": b"x"})),
+            "holds A.JPEG in the place of ILSVRC2012_val_00000001.JPEG",
+        ),
     ],
 )
 def test_wrong_manual_dir_ends_in_one_line(make, named, tmp_path):
@@ -113,7 +175,59 @@ def test_wrong_manual_dir_ends_in_one_line(make, named, tmp_path):
         )
     message = str(error.value)
     assert message.startswith("--manual_dir") and named in message and "\n" not in message
-    assert not list(tmp_path.glob("out/imagenet2012/*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_image_that_cannot_be_repaired_ends_in_one_line(tmp_path):
+    (tmp_path / "tars").mkdir()
+    folder = broken_image(tmp_path / "tars")
+    process = run(f"--manual_dir={folder}", f"--dir={tmp_path / 'out'}")
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith("error: --name: imagenet2012 could not be prepared: ") and "JPEG" in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("Failed to encode example:\n{}"), ModuleNotFoundError("No\nmodule named 'x'")],
+)
+def test_failure_of_tfds_ends_in_one_line_and_keeps_what_was_there(
+    failure, tars, tmp_path, monkeypatch
+):
+    def fail(builder, *_):
+        (tmp_path / "downloads" / "extracted").mkdir(parents=True)
+        (tmp_path / "downloads" / "finished").write_text("")
+        builder.data_path.parent.mkdir()
+        raise failure
+
+    monkeypatch.setattr(prepare, "_write", fail)
+    with pytest.raises(BadInput) as error:
+        prepare.prepare("imagenet2012", str(tmp_path), str(tars), "array_record")
+    expected = " ".join(str(failure).split())
+    assert str(error.value) == f"--name: imagenet2012 could not be prepared: {expected}"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["downloads"]
+    assert [entry.name for entry in (tmp_path / "downloads").iterdir()] == ["finished"]
+
+
+def test_folder_of_a_version_without_dataset_is_named(tars, tmp_path):
+    (tmp_path / "imagenet2012" / "5.1.0").mkdir(parents=True)
+    with pytest.raises(BadInput, match="is there, but holds no dataset"):
+        prepare.prepare("imagenet2012", str(tmp_path), str(tars), "tfrecord")
+
+
+def test_bucket_that_cannot_be_read_ends_in_one_line(tars, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def fail(name, **_):
+        raise RuntimeError("FailedPreconditionError: no\nsuch host")
+
+    monkeypatch.setattr(tfds, "builder", fail)
+    with pytest.raises(BadInput) as error:
+        prepare.prepare("imagenet2012", "gs://no-such/d", str(tars), "array_record")
+    expected = "--dir: cannot read gs://no-such/d: FailedPreconditionError: no such host"
+    assert str(error.value) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,6 +238,7 @@ def test_wrong_manual_dir_ends_in_one_line(make, named, tmp_path):
         ("imagenet_v2/top", "top"),
         ("imagenet2012_multilabel", "--manual_dir"),
         ("imagenet2012_real", "made of ILSVRC2012_img_val.tar"),
+        ("huggingface:mnist", "needs a package"),
     ],
 )
 def test_wrong_name_ends_in_one_line(name, named, tmp_path):

@@ -268,6 +268,37 @@ def test_missing_file_is_bad_input(file_format, tmp_path):
         open_records(shards, file_format, tmp_path)
 
 
+def test_array_record_lost_after_the_start_is_no_damage(tmp_path):
+    shards = write(tmp_path, "array_record")
+    source = open_records(shards, "array_record", tmp_path)
+    os.rename(shards[2].path, tmp_path / "elsewhere")
+    with pytest.raises(BadInput) as error:
+        source[8]
+    path = shards[2].path
+    assert str(error.value) == f"config.data.dir: cannot read {path}: No such file or directory"
+    assert not isinstance(error.value, DamagedRecord)
+    os.rename(tmp_path / "elsewhere", path)
+    assert source[8] == EXPECTED[8]
+
+
+def test_array_record_that_cannot_be_opened_is_no_damage(tmp_path):
+    shards = write(tmp_path, "array_record")
+    source = open_records(shards, "array_record", tmp_path)
+    os.rename(shards[2].path, tmp_path / "elsewhere")
+    os.mkdir(shards[2].path)
+    with pytest.raises(BadInput, match=f"cannot read {shards[2].path}: Is a directory") as error:
+        source[8]
+    assert not isinstance(error.value, DamagedRecord)
+
+
+def test_array_record_without_content_is_damaged_and_says_why(tmp_path):
+    shards = write(tmp_path, "array_record")
+    os.truncate(shards[2].path, 0)
+    source = open_records(shards, "array_record", tmp_path)
+    with pytest.raises(DamagedRecord, match="record 2: the file is cut off or damaged: ArrayRec"):
+        source[8]
+
+
 def test_file_of_another_dataset_is_bad_input(tmp_path):
     shards = write(tmp_path, "tfrecord")
     shards[1] = shards[1]._replace(take=2, length=2)

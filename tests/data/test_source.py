@@ -175,6 +175,23 @@ def test_directory_without_permission_is_named(tmp_path, monkeypatch):
     assert f"cannot read {tmp_path}: Permission denied" in message(imagenet_data(tmp_path))
 
 
+@pytest.mark.parametrize("failing", ["_entries", "builder_from_directory"])
+def test_bucket_that_cannot_be_read_is_named(failing, tmp_path, monkeypatch):
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    def refuse(path):
+        raise tf.errors.PermissionDeniedError(None, None, f"no right to\n{path}")
+
+    (tmp_path / "imagenet2012" / "5.1.0").mkdir(parents=True)
+    monkeypatch.setattr(dataset if failing == "_entries" else tfds, failing, refuse)
+    assert f"config.data.dir: {tmp_path}" in message(imagenet_data(tmp_path))
+
+
+def test_bucket_that_is_not_there_is_named():
+    assert "config.data.dir: cannot read gs://" in message(imagenet_data("gs://no-such/d"))
+
+
 # --- Its relatives --------------------------------------------------------------------------------
 
 

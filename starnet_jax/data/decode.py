@@ -7,6 +7,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 
 from starnet_jax.data import randaugment
@@ -40,13 +41,14 @@ def rgb(encoded: bytes) -> Image.Image:
         return _rgb(_load(encoded))
 
 
-def eval_image(image: np.ndarray | Encoded, size: int, crop: float = 0.875) -> np.ndarray:
+def eval_image(image: ArrayLike | Encoded, size: int, crop: float = 0.875) -> np.ndarray:
     """Resizes the short side to size/crop (bicubic, antialiased) and cuts the centre.
 
     Equal to the evaluation transform of timm 0.6.13, byte for byte.
 
     Args:
-      image: uint8 [H,W,3], a decoded image, or encoded bytes, of any size.
+      image: encoded bytes, a decoded image, or pixels from 0 to 255 of any integer type, [H,W],
+        [H,W,1], [H,W,3] or [H,W,4] (the alpha is dropped), of any size.
       size: side of the result, in pixels.
       crop: fraction of the resized short side that the result keeps.
 
@@ -55,13 +57,14 @@ def eval_image(image: np.ndarray | Encoded, size: int, crop: float = 0.875) -> n
 
     Raises:
       Undecodable: see `rgb`.
+      ValueError: pixels of another type, shape or range.
     """
-    if isinstance(image, bytes):
-        image = rgb(image)
-    elif isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    else:
+    if isinstance(image, bytes | bytearray | memoryview):
+        image = rgb(bytes(image))
+    elif isinstance(image, Image.Image):
         image = _rgb(image)
+    else:
+        image = _rgb(_from_pixels(np.asarray(image)))
     short = math.floor(size / crop)
     width, height = image.size
     if width <= height:
@@ -211,6 +214,17 @@ def _load(encoded: bytes) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_pixels(pixels: np.ndarray) -> Image.Image:
+    shape = pixels.shape[:2] if pixels.shape[2:] == (1,) else pixels.shape
+    known = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+    if not (known and pixels.size and pixels.dtype.kind in "iu"):
+        expected = "integers [H,W], [H,W,1], [H,W,3] or [H,W,4]"
+        raise ValueError(f"image must be {expected}, not {pixels.dtype} {list(pixels.shape)}")
+    if pixels.dtype != np.uint8 and (pixels.min() < 0 or pixels.max() > 255):
+        raise ValueError(f"image has pixels from {pixels.min()} to {pixels.max()}, not 0 to 255")
+    return Image.fromarray(pixels.reshape(shape).astype(np.uint8, copy=False))
 
 
 class _Frame(NamedTuple):

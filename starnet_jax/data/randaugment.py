@@ -318,14 +318,14 @@ def level(op: str, magnitude: float, sign: int = 1) -> float | None:
     return None if rule is None else rule(magnitude, sign)
 
 
-def apply(image: np.ndarray, op: str, level: float | None, resample: str) -> np.ndarray:
+def apply(image: np.ndarray, op: str, level: float | None, resample: str | None) -> np.ndarray:
     """Returns `image` after one operation.
 
     Args:
-        image: uint8 [H,W,3], RGB; left as it is.
+        image: uint8 [H,W,3], RGB, of NumPy or what it converts; left as it is.
         op: a name out of `OPS` or `PLAIN_OPS`.
         level: what `level(op, magnitude)` returns; None or NaN for operations without level.
-        resample: "bilinear" or "bicubic"; "none" will do for operations that move no pixels.
+        resample: "bilinear" or "bicubic"; None or "none" for operations that move no pixels.
 
     Returns:
         uint8 [H,W,3], possibly read-only, possibly `image` itself.
@@ -333,8 +333,10 @@ def apply(image: np.ndarray, op: str, level: float | None, resample: str) -> np.
     Raises:
         ValueError: wrong shape or dtype, unknown name, or missing level or filter.
     """
+    image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H,W,3], not {image.dtype} {list(image.shape)}")
+    resample = "none" if resample is None else resample
     if resample not in RESAMPLES:
         raise ValueError(f"unknown resample {resample!r}{nearest(resample, RESAMPLES)}")
     run, rule, geometric = _find(op)
@@ -384,19 +386,20 @@ class _Token(NamedTuple):
     form: str
     digits: str
     read: Callable[[str], Any]
+    most: float = math.inf
 
 
 _NUMBER = r"\d+(\.\d+)?"
 _TOKENS = {
-    "m": _Token("magnitude", "m<magnitude>", _NUMBER, float),
+    "m": _Token("magnitude", "m<magnitude>", _NUMBER, float, most=1000),
     "mstd": _Token(
         "magnitude_std",
         "mstd<noise>",
         _NUMBER,
         lambda digits: float(digits) if float(digits) <= 100 else float("inf"),
     ),
-    "mmax": _Token("magnitude_max", "mmax<highest magnitude>", _NUMBER, float),
-    "n": _Token("num_layers", "n<layers>", r"\d+", int),
+    "mmax": _Token("magnitude_max", "mmax<highest magnitude>", _NUMBER, float, most=1000),
+    "n": _Token("num_layers", "n<layers>", r"\d+", int, most=100),
     "inc": _Token("increasing", "inc<0|1>", r"[01]", lambda digit: digit == "1"),
 }
 
@@ -409,7 +412,8 @@ def parse(spec: str) -> RandAugment:
     token means what it says.
 
     Raises:
-        BadInput: an unknown, malformed or repeated token (a ValueError with a message of one line).
+        BadInput: an unknown, malformed, repeated or much too large token (a ValueError with a
+            message of one line).
     """
     key = "augment.randaugment"
     first, *tokens = str(spec).split("-")
@@ -424,6 +428,11 @@ def parse(spec: str) -> RandAugment:
         token = _TOKENS[name]
         if not re.fullmatch(token.digits, digits):
             raise BadInput(f"{key}: malformed token {text!r} in {spec!r}; write {token.form}")
+        if float(digits) > token.most:
+            raise BadInput(
+                f"{key}: {token.form} is at most {token.most}, not {digits[:20]}; "
+                f"write {name}{token.most} or less"
+            )
         if token.field in fields:
             raise BadInput(f"{key}: repeated token {text!r} in {spec!r}; write {token.form} once")
         fields[token.field] = token.read(digits)

@@ -18,6 +18,8 @@ from starnet_jax.log import log
 
 Label = int | tuple[int, ...]  # several where any of them is right
 SCAN_THREADS = 8
+NOISE_IMAGES = 16
+NOISE_SIDE = 4096  # the largest: 0.8 GB of noise
 
 
 class Source(Protocol):
@@ -193,8 +195,13 @@ class FakeSource(_Decoded):
     several = False
 
     def __init__(self, num_examples: int, image_size: int, num_classes: int):
+        if image_size > NOISE_SIDE:
+            raise BadInput(
+                f"config.data.image_size: {image_size} is too large for data.source='fake', "
+                f"which holds {NOISE_IMAGES} images in memory; at most {NOISE_SIDE}"
+            )
         rng = np.random.default_rng(0)
-        noise = rng.integers(256, size=(16, image_size, image_size, 3), dtype=np.uint8)
+        noise = rng.integers(256, size=(NOISE_IMAGES, image_size, image_size, 3), dtype=np.uint8)
         self._images = [Image.fromarray(image) for image in noise]
         self._num_examples = num_examples
         self.class_names = [str(i) for i in range(num_classes)]

@@ -4,6 +4,7 @@ import struct
 import zlib
 from random import Random
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -192,6 +193,49 @@ def test_any_part_of_an_image_equals_the_cut_of_the_whole(encoded, data):
 def test_evaluation_takes_bytes_as_well_as_pixels(encoded, size):
     pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     np.testing.assert_array_equal(decode.eval_image(encoded, size), decode.eval_image(pixels, size))
+
+
+def test_evaluation_takes_any_pixels():
+    pixels = noise(50, 40)
+    grey, alpha = pixels[..., :1], noise(50, 40, seed=1)[..., :1]
+    expected = decode.eval_image(Image.fromarray(pixels), 32)
+    same = (
+        jnp.asarray(pixels),
+        pixels.tolist(),
+        pixels.astype(np.int64),
+        np.concatenate([pixels, alpha], axis=-1),
+        Image.fromarray(pixels).convert("RGBA"),
+    )
+    for image in same:
+        np.testing.assert_array_equal(decode.eval_image(image, 32), expected)
+    expected = decode.eval_image(grey.repeat(3, axis=-1), 32)
+    for image in (grey, grey[..., 0], grey.tolist(), Image.fromarray(grey[..., 0])):
+        result = decode.eval_image(image, 32)
+        assert result.dtype == np.uint8 and result.shape == (32, 32, 3)
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_evaluation_takes_any_bytes():
+    encoded = encode(noise(50, 40), "PNG", "RGB")
+    expected = decode.eval_image(encoded, 32)
+    for same in (bytearray(encoded), memoryview(encoded)):
+        np.testing.assert_array_equal(decode.eval_image(same, 32), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"not float32 \[4, 4, 3\]"),
+        (np.zeros((4, 4, 2), np.uint8), r"not uint8 \[4, 4, 2\]"),
+        (np.zeros((1, 4, 4, 3), np.uint8), r"not uint8 \[1, 4, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"not uint8 \[0, 4, 3\]"),
+        (np.full((4, 4), 256), "pixels from 256 to 256, not 0 to 255"),
+        (None, "not object"),
+    ],
+)
+def test_pixels_that_are_no_image_are_named(image, message):
+    with pytest.raises(ValueError, match=message):
+        decode.eval_image(image, 32)
 
 
 @pytest.mark.parametrize("sides", [(1, 1), (1, 4000), (4000, 1), (3, 2500), (2, 2)])

@@ -184,8 +184,8 @@ def test_image_that_cannot_be_repaired_ends_in_one_line(tmp_path):
     process = run(f"--manual_dir={folder}", f"--dir={tmp_path / 'out'}")
     assert process.returncode == 2, process.stderr
     assert "Traceback" not in process.stderr
-    last = process.stderr.splitlines()[-1]
-    assert last.startswith("error: --name: imagenet2012 could not be prepared: ") and "JPEG" in last
+    (said,) = (line for line in process.stderr.splitlines() if line.startswith("error: "))
+    assert "--name: imagenet2012 could not be prepared: " in said and "JPEG" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -238,13 +238,19 @@ def test_bucket_that_cannot_be_read_ends_in_one_line(tars, monkeypatch):
         ("imagenet_v2/top", "top"),
         ("imagenet2012_multilabel", "--manual_dir"),
         ("imagenet2012_real", "made of ILSVRC2012_img_val.tar"),
-        ("huggingface:mnist", "needs a package"),
     ],
 )
 def test_wrong_name_ends_in_one_line(name, named, tmp_path):
     with pytest.raises(BadInput) as error:
         prepare.prepare(name, str(tmp_path), None, "array_record")
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_name_that_needs_a_package_ends_in_one_line(tmp_path, monkeypatch):
+    for package in ("datasets", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=r"--name: 'huggingface:mnist' needs a package: .*hub"):
+        prepare.prepare("huggingface:mnist", str(tmp_path), None, "array_record")
 
 
 def test_output_that_cannot_be_written_ends_in_one_line(tars, tmp_path):

@@ -6,6 +6,7 @@ import math
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
@@ -200,6 +201,9 @@ def test_posterize_to_no_bits_is_black():
         ({"op": "SheerX"}, "'SheerX'; did you mean 'ShearX'?"),
         ({"resample": "cubic"}, "'cubic'; did you mean 'bicubic'?"),
         ({"resample": "none"}, "ShearX needs resample"),
+        ({"resample": None}, "ShearX needs resample"),
+        ({"resample": ""}, "unknown resample ''"),
+        ({"image": [[[0, 0, 0]]]}, r"uint8 \[H,W,3\], not int64 \[1, 1, 3\]"),
         ({"level": None}, "ShearX needs a level"),
         ({"level": math.nan}, "ShearX needs a level"),
     ],
@@ -208,6 +212,15 @@ def test_bad_argument_is_named(change, message):
     good = {"image": np.zeros((4, 4, 3), np.uint8), "op": "ShearX", "level": 0.1}
     with pytest.raises(ValueError, match=message):
         randaugment.apply(**good | {"resample": "bilinear"} | change)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arrays_of_jax_do_as_well(op):
+    image = np.random.default_rng(3).integers(0, 256, (9, 7, 3), np.uint8)
+    resample = "bicubic" if op in GEOMETRIC else None
+    result = randaugment.apply(jnp.asarray(image), op, level(op, 5), resample)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, by_pillow(image, op, level(op, 5), resample))
 
 
 # --- Notation -------------------------------------------------------------------------------------
@@ -222,6 +235,7 @@ def test_bad_argument_is_named(change, message):
         ("rand-inc0-n3-m7", RandAugment(7, num_layers=3)),
         ("rand-m12-mmax15", RandAugment(12, magnitude_max=15)),
         ("rand-mstd101", RandAugment(magnitude_std=math.inf)),
+        ("rand-n100", RandAugment(num_layers=100)),
     ],
 )
 def test_parse_reads(spec, policy):
@@ -240,6 +254,10 @@ def test_parse_reads(spec, policy):
         ("rand-m9\n", [r"malformed token 'm9\n'"]),
         ("rand-mstd.5", ["unknown token 'mstd.5'"]),
         ("rand-n2.5", ["malformed token 'n2.5'", "n<layers>"]),
+        ("rand-n101", ["n<layers> is at most 100, not 101; write n100 or less"]),
+        ("rand-n" + "9" * 5000, ["n<layers> is at most 100"]),
+        ("rand-m" + "9" * 5000, ["m<magnitude> is at most 1000"]),
+        ("rand-mmax1001", ["mmax<highest magnitude> is at most 1000, not 1001"]),
         ("rand-inc2", ["malformed token 'inc2'", "inc<0|1>"]),
         ("rand-m9-m1", ["repeated token 'm1'"]),
         ("autoaugment", ["'autoaugment' must begin with 'rand'", "rand-m9-mstd0.5-inc1"]),

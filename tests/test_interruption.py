@@ -192,6 +192,21 @@ def test_a_run_that_diverges_says_so_and_names_the_last_good_checkpoint(tmp_path
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step - 1
 
 
+def test_a_few_steps_that_are_not_finite_may_be_left_out(tmp_path):
+    process = runs.main(
+        runs.QUICKSTART,
+        f"--workdir={tmp_path}",
+        *runs.SMALL,
+        "--config.schedule.warmup_learning_rate=0.001",
+        "--config.optimizer.learning_rate=1e38",
+        "--config.optimizer.skip_nonfinite=5",
+    )
+    assert process.returncode == errors.DIVERGED, process.stderr
+    left_out = [row["train/skipped"] for row in runs.rows(tmp_path) if row["train/skipped"]]
+    assert left_out == [1, 2, 3, 4, 5]
+    assert "left out, 5 of at most 5 in a row" in process.stderr
+
+
 # --- The pieces, with a clock and an exit of the test's own ---------------------------------------
 
 

@@ -188,6 +188,26 @@ def test_the_average_moves_a_tenth_of_the_way_after_every_step(averaged, collect
     assert max(jax.tree.leaves(differences)) < 1e-6
 
 
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
+    model = StarNet(base_dim=4, depths=(1, 0, 0, 0), mlp_ratio=2, num_classes=5)
+    with oracle.xla_depthwise():
+        update, state, image, target = training(model, ema=0.9)
+        broken = image.copy()
+        broken[3, 5, 7, 1] = np.nan
+        once, measured = update(state, broken, target)
+        twice, _ = update(once, broken, target)
+        after, _ = update(twice, image, target)
+    assert np.isnan(measured["train/loss"])
+    assert [int(s.skipped) for s in (state, once, twice, after)] == [0, 1, 2, 0]
+    assert [int(s.step) for s in (state, once, twice, after)] == [0, 1, 2, 3]
+    for name in ("params", "batch_stats", "opt_state", "ema"):
+        before, left = getattr(state, name), getattr(twice, name)
+        jax.tree.map(np.testing.assert_array_equal, left, before)
+    moved = jax.tree.map(oracle.absolute, after.params, state.params)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
 def test_every_update_counts_a_step(averaged):
     assert [int(state.step) for state in averaged] == [0, 1, 2]
 

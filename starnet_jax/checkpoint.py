@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from starnet_jax import processes
 from starnet_jax.config import Checkpoint
+from starnet_jax.data.records import is_remote
 from starnet_jax.errors import BadInput
 from starnet_jax.log import log
 from starnet_jax.train_state import TrainState
@@ -23,7 +23,8 @@ from starnet_jax.train_state import TrainState
 DIGEST = "digest.json"  # the last file of a checkpoint: the SHA-256 of every other
 ASIDE = "aside"  # where damaged and half-written checkpoints go
 # Orbax writes its own record of the save after the digest; nothing of the state is in these.
-_UNDIGESTED = {DIGEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
+COMMITTED = "commit_success.txt"
+_UNDIGESTED = {DIGEST, COMMITTED, "_CHECKPOINT_METADATA"}
 
 
 class Damaged(Exception):  # noqa: N818
@@ -56,7 +57,7 @@ class Checkpoints:
         if config.permanent_steps:
             policies.append(checkpoint_managers.EveryNSteps(interval_steps=config.permanent_steps))
         self._manager = ocp.CheckpointManager(
-            self.directory.absolute(),
+            self.directory if is_remote(workdir) else self.directory.absolute(),
             item_handlers=_handler(),
             options=ocp.CheckpointManagerOptions(
                 read_only=read_only,
@@ -140,22 +141,24 @@ class Checkpoints:
         aside = path.parent / ASIDE
         try:
             aside.mkdir(exist_ok=True)
-            number = sum(1 for _ in aside.iterdir())
-            path.rename(aside / f"{number}-{path.name}")
+            number = len(list(aside.iterdir())) if aside.is_dir() else 0
+            _move(path, aside / f"{number}-{path.name}")
         except OSError as error:
-            raise BadInput(f"--workdir: cannot move {path}: {error.strerror}") from None
+            raise BadInput(f"--workdir: cannot move {path}: {error.strerror or error}") from None
         log(f"set {path} aside to {aside}/{number}-{path.name}, which you may remove: {reason}")
 
     def _finish(self) -> None:
         """Adds the plain weights and the digest, just before the checkpoint takes its name."""
         step, (variables, ema) = self._saving
-        (folder,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
+        unfinished = list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        folder = unfinished[0] if unfinished else self.directory / str(step)  # in a bucket
         for name, tree in (("weights", variables), ("ema", ema)):
             if tree is not None:
                 flat = traverse.flatten_dict(tree, sep="/")
                 arrays = {key: np.ascontiguousarray(value) for key, value in flat.items()}
-                safetensors.numpy.save_file(arrays, folder / f"{name}.safetensors")
-        digests = {name: _digest(folder / name) for name in _files(folder)}
+                (folder / f"{name}.safetensors").write_bytes(safetensors.numpy.save(arrays))
+        names = [name for name in _files(folder) if name not in _UNDIGESTED]
+        digests = {name: _digest(folder / name) for name in names}
         (folder / DIGEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
         self._saving = None
 
@@ -196,6 +199,8 @@ def verify(folder: Path) -> None:
     Raises:
       Damaged: a file is missing, cannot be read, or is not what was written.
     """
+    if is_remote(folder) and not (folder / COMMITTED).exists():
+        raise Damaged("half-written")  # a bucket renames nothing: it has its name from the start
     try:
         expected = json.loads((folder / DIGEST).read_text())["sha256"]
     except FileNotFoundError:
@@ -211,10 +216,22 @@ def verify(folder: Path) -> None:
             raise Damaged(f"{name} is not what was written")
 
 
-def _files(folder: Path) -> list[str]:
-    """The files that the digest covers, relative to the folder."""
-    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [os.fspath(name) for name in names if os.fspath(name) not in _UNDIGESTED]
+def _move(folder: Path, target: Path) -> None:
+    if not is_remote(folder):
+        folder.rename(target)
+        return
+    for name in _files(folder):  # a bucket knows no folders that could be renamed
+        (target / name).write_bytes((folder / name).read_bytes())
+    folder.rmtree()
+
+
+def _files(folder: Path, inside: str = "") -> list[str]:
+    """All files below a folder, relative to it."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        name = f"{inside}{path.name}"
+        names += _files(path, f"{name}/") if path.is_dir() else [name]
+    return names
 
 
 def _digest(path: Path) -> str:

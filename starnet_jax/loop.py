@@ -80,7 +80,7 @@ class Loop:
 
         stop, save = self._vote(self._listener.heard is not None, self._minutes_over())
         if stop or save or self._save_due(step):
-            self._read_late()  # its row must stand before a restart goes on after it
+            self._read_late()
             self._save(step, state)
         if stop:
             self._stop(step)
@@ -131,6 +131,7 @@ class Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         with self._clock.during("saving"):
+            self._reporter.sync()  # a restart goes on after this step, so its row must stand
             self._checkpoints.save(step, state)
         self._watchdog.alive()
         self._saved_at = time.monotonic()

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from starnet_jax import command, interruption
 from starnet_jax.interruption import Listener
@@ -25,9 +24,8 @@ def _parser() -> command.Parser:
     parser.add_argument(
         "--workdir",
         required=True,
-        type=_folder,
         metavar="DIR",
-        help="where everything of the run goes",
+        help="where everything of the run goes: a folder, or gs://BUCKET/FOLDER",
     )
     parser.add_argument(
         "--mode",
@@ -41,15 +39,6 @@ def _parser() -> command.Parser:
         help="trace a few steps to DIR/profile, for TensorBoard or Perfetto",
     )
     return parser
-
-
-def _folder(text: str) -> Path:
-    if not text or "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no local folder")
-    folder = Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
-    if folder.parts[:1] and folder.parts[0].startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text!r}: no such user")
-    return folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,9 +57,9 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str], listener: Listener) -> None:
-    config, train, processes = _load(arguments, overrides)
+    config, workdir, train, processes = _load(arguments, overrides)
     with processes.ending_together():
-        result = train.train(config, arguments.workdir, listener, arguments.profile)
+        result = train.train(config, workdir, listener, arguments.profile)
     if not processes.is_first():
         return
     last, seconds = result["last"], sum(result["seconds"].values())
@@ -79,28 +68,30 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str], listener: L
     print(
         f"done in {seconds:.0f} s: top-1 {100 * top1:.2f} % ({round(top1 * count)}/{count}"
         f"{' with averaged weights' if averaged else ''}); "
-        f"checkpoints, metrics and result.json are in {arguments.workdir}"
+        f"checkpoints, metrics and result.json are in {workdir}"
     )
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config, train, processes = _load(arguments, overrides)
+    config, workdir, train, processes = _load(arguments, overrides)
     with processes.ending_together():
-        measured = train.evaluate_checkpoint(config, arguments.workdir)
+        measured = train.evaluate_checkpoint(config, workdir)
     if processes.is_first():
         _print_eval(measured)
 
 
 def _load(arguments: argparse.Namespace, overrides: dict[str, str]):
-    """The settings and the modules that work with them, imported after the flags are checked."""
+    """The settings and what works with them, imported after the flags are checked."""
     from starnet_jax import config as config_lib
+    from starnet_jax import workdir as workdir_lib
 
     config = config_lib.load(arguments.config, overrides)
+    workdir = workdir_lib.locate(arguments.workdir)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets on import
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and has a word to say about oneDNN
     from starnet_jax import processes, train
 
-    return config, train, processes
+    return config, workdir, train, processes
 
 
 def _print_eval(measured: dict[str, dict]) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from starnet_jax import workdir as workdir_lib
 from starnet_jax.config import RunConfig
+from starnet_jax.data.records import is_remote
 from starnet_jax.errors import BadInput
 
 
@@ -69,7 +71,11 @@ class Clock:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one flat object a line, each step once; only process 0 writes."""
+    """`metrics.jsonl`: one flat object a line, each step once; only process 0 writes.
+
+    On a disk a row stands as soon as it is written; in a bucket, where nothing can be added to an
+    object, after the next `sync`.
+    """
 
     def __init__(self, path: Path, last_step: int, writes: bool = True):
         """Opens the file and cuts the rows past `last_step`, which a restart will make again."""
@@ -79,20 +85,27 @@ class MetricsFile:
 
     def write(self, row: dict) -> None:
         """Adds a row; to one of the same step it adds what is new."""
-        if self.rows and self.rows[-1]["step"] == row["step"]:
-            row = self.rows.pop() | row
+        again = bool(self.rows) and self.rows[-1]["step"] == row["step"]
+        self.rows.append(self.rows.pop() | row if again else row)
+        if self._file and again:
             self._rewrite()
-        self.rows.append(row)
-        if self._writes:
+        elif self._file:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """Sees to it that all rows outlive the process and the machine."""
+        if self._file:
+            os.fsync(self._file.fileno())
+        else:
+            self._rewrite()
+
     def _rewrite(self) -> None:
+        if not self._writes:
+            return
         self.close()
-        if self._writes:
-            unfinished = self._path.with_suffix(".tmp")
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            unfinished.replace(self._path)
+        workdir_lib.write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if not is_remote(self._path):
             self._file = self._path.open("a")
 
     def close(self) -> None:
@@ -129,7 +142,8 @@ class Reporter:
     ):
         self.workdir, self._config, self._clock, self._speaks = workdir, config, clock, speaks
         self._file = MetricsFile(workdir / "metrics.jsonl", first_step, speaks)
-        self._tensorboard = _tensorboard(workdir, config, first_step) if speaks else None
+        self._events = _events_folder(workdir)
+        self._tensorboard = _tensorboard(self._events, config, first_step) if speaks else None
         self._wandb = _wandb(workdir, config) if speaks else None
         self._progress = _progress_bar(speaks)
         self._task = self._progress.add_task(
@@ -147,6 +161,7 @@ class Reporter:
 
     def __exit__(self, *_):
         self._progress.stop()
+        self.sync()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -194,10 +209,19 @@ class Reporter:
                 self._tensorboard.add_scalar(key, value, step, walltime=row["time"])
         if self._wandb:
             self._wandb.log(measured, step=step)
-        if self._speaks:
-            self._clock.save(self.workdir / "time.json")
-            if "eval/top1" in row:
-                self._print(self.rows[-1])
+        if self._speaks and "eval/top1" in row:
+            self._print(self.rows[-1])
+
+    def sync(self) -> None:
+        """Sees to it that everything so far outlives the process; for a checkpoint to stand on."""
+        if not self._speaks:
+            return
+        self._file.sync()
+        self._clock.save(self.workdir / "time.json")
+        if self._tensorboard and is_remote(self.workdir):
+            self._tensorboard.flush()
+            for file in self._events.iterdir():
+                (self.workdir / "tensorboard" / file.name).write_bytes(file.read_bytes())
 
     def _speed(self, step: int, mark: tuple[int, tuple[float, float]]) -> dict[str, float]:
         """Images a second and the share of time spent waiting for data, since the mark."""
@@ -304,12 +328,17 @@ def _progress_bar(speaks: bool) -> Progress:
     )
 
 
-def _tensorboard(workdir: Path, config: RunConfig, first_step: int):
+def _events_folder(workdir: Path) -> Path:
+    """Where TensorBoard's events are written; those of a bucket are copied there later."""
+    return Path(tempfile.mkdtemp()) if is_remote(workdir) else workdir / "tensorboard"
+
+
+def _tensorboard(folder: Path, config: RunConfig, first_step: int):
     if not config.log.tensorboard:
         return None
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+    return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
 def _wandb(workdir: Path, config: RunConfig):
@@ -319,7 +348,7 @@ def _wandb(workdir: Path, config: RunConfig):
 
     return wandb.init(
         project=config.log.wandb,
-        dir=str(workdir),
+        dir=None if is_remote(workdir) else str(workdir),
         id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],  # a restart goes on
         resume="allow",
         config=config.to_json(),

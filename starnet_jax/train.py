@@ -18,6 +18,7 @@ from starnet_jax import metrics, processes, train_state, train_step
 from starnet_jax import workdir as workdir_lib
 from starnet_jax.checkpoint import Checkpoints
 from starnet_jax.config import RunConfig
+from starnet_jax.data.records import is_remote
 from starnet_jax.data.source import Source, open_source
 from starnet_jax.errors import BadInput
 from starnet_jax.interruption import Listener, Watchdog
@@ -43,6 +44,8 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
       Diverged: loss or gradient is not finite any more.
     """
     clock = metrics.Clock("start-up")
+    if profile and is_remote(workdir):
+        raise BadInput("--profile: needs a --workdir on a disk")
     listener.grace_seconds = config.checkpoint.grace_seconds
     workdir_lib.check(workdir, config)
     processes.join(config.mesh)
@@ -52,7 +55,7 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
     with processes.together():
         lock = workdir_lib.create(workdir) if speaks else contextlib.nullcontext()
     with processes.together():
-        if not workdir.is_dir():
+        if not (is_remote(workdir) or workdir.is_dir()):
             raise BadInput(f"--workdir: {workdir} is not on a disk that all processes share")
     clock.load(workdir / "time.json")
 

@@ -1,17 +1,23 @@
-"""The folder of a run: made late, written whole, and never shared by two different configs."""
+"""The folder of a run: made late, written whole, and never shared by two different configs.
 
+It lies on a disk or on Google Cloud Storage, where `etils.epath` gives it the same methods.
+"""
+
+import contextlib
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TextIO
 
 from starnet_jax import __version__
 from starnet_jax import config as config_lib
 from starnet_jax.config import RunConfig
+from starnet_jax.data.records import is_remote
 from starnet_jax.errors import BadInput
 
 # May differ between two starts of one run; anything else would make it another run.
@@ -62,15 +68,44 @@ def _stored(workdir: Path) -> dict | None:
         raise BadInput(f"--workdir: cannot read {path}: {error}") from None
 
 
-def create(workdir: Path) -> TextIO:
+def locate(text: str) -> Path:
+    """The folder that `--workdir` means, on a disk or at `gs://BUCKET/FOLDER`.
+
+    Raises:
+      BadInput: another kind of address, an unknown user, or a package that is missing.
+    """
+    scheme, remote, _ = text.partition("://")
+    if not remote:
+        folder = Path(os.path.expanduser(text))  # Path.expanduser raises for an unknown user
+        if not text or (text.startswith("~") and folder == Path(text)):
+            raise BadInput(f"--workdir: {text!r} is no folder, or has no such user")
+        return folder
+    if scheme != "gs":
+        raise BadInput(f"--workdir: {text!r} is no local folder and no gs:// address")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise BadInput("--workdir: gs:// needs pip install 'starnet-jax[gcs]'")
+    os.environ.setdefault("EPATH_USE_TF", "0")  # gcsfs starts faster than TensorFlow
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def create(workdir: Path) -> AbstractContextManager:
     """Makes the folder.
 
     Returns:
-      Its lock, held until it is closed or the process ends.
+      Its lock, held until it is closed or the process ends; a bucket has none.
 
     Raises:
       BadInput: the folder cannot be written, or another run is using it.
     """
+    if is_remote(workdir):
+        try:
+            (workdir / ".lock").write_text("")
+        except Exception as error:  # whatever network, rights and names can do
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"--workdir: cannot write {workdir}: {reason}") from None
+        return contextlib.nullcontext()
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
@@ -110,8 +145,16 @@ def result(workdir: Path) -> dict | None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes the file whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file whole or not at all; in a bucket an object always is whole."""
+    if is_remote(path):
+        path.write_text(text)
+        return
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.write_text(text)
     os.replace(unfinished, path)
 
 

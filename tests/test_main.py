@@ -177,7 +177,7 @@ BAD = {
         [runs.QUICKSTART, "--workdir={tmp}/w", "--config.augment.randaugment=rand-q9"],
         "rand-q9",
     ),
-    "remote workdir": ([runs.QUICKSTART, "--workdir=gs://bucket/w"], "no local folder"),
+    "remote workdir": ([runs.QUICKSTART, "--workdir=s3://bucket/w"], "no local folder"),
     "batch over examples": (
         [runs.QUICKSTART, "--workdir={tmp}/w", "--config.batch_size=4096"],
         "1347",

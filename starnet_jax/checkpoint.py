@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from starnet_jax.log import log
 from starnet_jax.train_state import TrainState
 
 DIGEST = "digest.json"  # the last file of a checkpoint: the SHA-256 of every other
+FILES_BYTES = 1 << 18  # what the files of a checkpoint take beside their content
 ASIDE = "aside"  # where damaged and half-written checkpoints go
 # Orbax writes its own record of the save after the digest; nothing of the state is in these.
 COMMITTED = "commit_success.txt"
@@ -74,10 +76,26 @@ class Checkpoints:
         """
         with self._errors_in_one_line(step):
             self._manager.wait_until_finished()
+            self.check_space(state)
             if jax.process_index() == 0:
                 self._saving = step, jax.device_get((state.variables, state.ema))
             self._manager.save(step, args=ocp.args.PyTreeSave(state))
             self.newest = step
+
+    def check_space(self, state: TrainState) -> None:
+        """Raises BadInput where the disk is too full for one more checkpoint.
+
+        Asked before, because a disk that fills up under orbax makes many lines of several threads.
+        """
+        if is_remote(self.directory) or jax.process_index() > 0:
+            return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((state, state.variables, state.ema)))
+        needed, free = 1.1 * size + FILES_BYTES, shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise BadInput(
+                f"--workdir: No space left: a checkpoint takes {needed / 1e6:.1f} MB, and "
+                f"{self.directory} has {free / 1e6:.1f} MB free; those before are intact"
+            )
 
     def restore(self, step: int, abstract: TrainState | dict) -> TrainState | dict:
         """Reads the state into the shapes and shardings of `abstract`.
@@ -167,6 +185,8 @@ class Checkpoints:
         """Full disks, lost mounts and the like become BadInput."""
         try:
             yield
+        except BadInput:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise BadInput(

@@ -75,9 +75,11 @@ def run(body: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
 
 
 def end(code: int) -> None:
-    """Ends the process; one of several does not wait at exit for the others, as JAX would."""
-    jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Ends the process, without what libraries do at exit.
+
+    One of several processes would wait for the others there, and on a full disk TensorBoard's
+    writer would fail once more. Everything is closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,6 +1,7 @@
 """The command: `python -m starnet_jax.main --config=configs/quickstart.py --workdir=DIR`."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -89,6 +90,8 @@ def _load(arguments: argparse.Namespace, overrides: dict[str, str]):
     workdir = workdir_lib.locate(arguments.workdir)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets on import
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and has a word to say about oneDNN
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # orbax also logs what it raises
     from starnet_jax import processes, train
 
     return config, workdir, train, processes

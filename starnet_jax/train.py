@@ -73,6 +73,8 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
                 return result
             with clock.during("compiling"):
                 setup = _compiled(setup, state)
+            with processes.together():
+                checkpoints.check_space(state)
             if speaks:
                 workdir_lib.write_config(workdir, config)
             with metrics.Reporter(workdir, config, first_step, clock, speaks) as reporter:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from starnet_jax import processes
 from starnet_jax.config import Checkpoint
 from starnet_jax.data.records import is_remote
-from starnet_jax.errors import BadInput
+from starnet_jax.errors import BadInput, Diverged, Interrupted
 from starnet_jax.log import log
 from starnet_jax.train_state import TrainState
 
@@ -76,7 +77,8 @@ class Checkpoints:
         """
         with self._errors_in_one_line(step):
             self._manager.wait_until_finished()
-            self.check_space(state)
+        self.check_space(state)
+        with self._errors_in_one_line(step):
             if jax.process_index() == 0:
                 self._saving = step, jax.device_get((state.variables, state.ema))
             self._manager.save(step, args=ocp.args.PyTreeSave(state))
@@ -87,15 +89,16 @@ class Checkpoints:
 
         Asked before, because a disk that fills up under orbax makes many lines of several threads.
         """
-        if is_remote(self.directory) or jax.process_index() > 0:
+        if is_remote(self.directory):
             return
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((state, state.variables, state.ema)))
-        needed, free = 1.1 * size + FILES_BYTES, shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise BadInput(
-                f"--workdir: No space left: a checkpoint takes {needed / 1e6:.1f} MB, and "
-                f"{self.directory} has {free / 1e6:.1f} MB free; those before are intact"
-            )
+        with processes.together():
+            needed, free = 1.1 * size + FILES_BYTES, shutil.disk_usage(self.directory).free
+            if free < needed and processes.is_first():
+                raise BadInput(
+                    f"--workdir: No space left: a checkpoint takes {needed / 1e6:.1f} MB, and "
+                    f"{self.directory} has {free / 1e6:.1f} MB free; those before are intact"
+                )
 
     def restore(self, step: int, abstract: TrainState | dict) -> TrainState | dict:
         """Reads the state into the shapes and shardings of `abstract`.
@@ -123,10 +126,14 @@ class Checkpoints:
         with self._errors_in_one_line(self.newest):
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits for the last save, then lets go of the folder."""
-        self.wait()
-        self._manager.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        """Waits for the last save; not where other processes may no longer take part in it."""
+        if error in (None, Interrupted, Diverged) or jax.process_count() == 1:
+            self.wait()
+            self._manager.close()
 
     def _newest_intact(self) -> int | None:
         """Looks from the newest on for a checkpoint that is what was saved."""
@@ -157,9 +164,10 @@ class Checkpoints:
             log(f"passing over {path}: {reason}")
             return
         aside = path.parent / ASIDE
+        taken = {other.name for other in aside.iterdir()} if aside.is_dir() else set()
+        number = next(i for i in itertools.count() if f"{i}-{path.name}" not in taken)
         try:
             aside.mkdir(exist_ok=True)
-            number = len(list(aside.iterdir())) if aside.is_dir() else 0
             _move(path, aside / f"{number}-{path.name}")
         except OSError as error:
             raise BadInput(f"--workdir: cannot move {path}: {error.strerror or error}") from None
@@ -185,9 +193,9 @@ class Checkpoints:
         """Full disks, lost mounts and the like become BadInput."""
         try:
             yield
-        except BadInput:
-            raise
         except (OSError, ValueError, RuntimeError) as error:
+            if processes.several() and isinstance(error, processes.LOST):
+                raise
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise BadInput(
                 f"--workdir: cannot write checkpoint {step} to {self.directory}: {reason}; "

@@ -1,6 +1,7 @@
 """What the commands share: flags that fail in one line, and the exit code of bad input."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from starnet_jax import errors
 from starnet_jax.errors import BadInput, Diverged, Interrupted, nearest
+from starnet_jax.log import say
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,16 +59,16 @@ def run(body: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     try:
         body(argv)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return errors.BAD_INPUT
     except Diverged as error:
-        print(f"diverged: {error}", file=sys.stderr)
+        say(f"diverged: {error}")
         return errors.DIVERGED
     except Interrupted as error:
-        print(f"interrupted: {error}", file=sys.stderr)
+        say(f"interrupted: {error}")
         return errors.INTERRUPTED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
@@ -80,6 +82,6 @@ def end(code: int) -> None:
     One of several processes would wait for the others there, and on a full disk TensorBoard's
     writer would fail once more. Everything is closed by now.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(code)

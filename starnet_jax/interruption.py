@@ -17,8 +17,8 @@ from starnet_jax.log import log
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 30.0  # between a preemption notice and the end of a Google Cloud VM
-# What Google Cloud tells a VM about its own end, and the answers that mean nothing.
-NOTICES = {"preempted": "FALSE", "maintenance-event": "NONE"}
+# What a Google Cloud VM may ask about its own end, and how the answer begins when it is near.
+NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE"}
 POLL_SECONDS = 2.0
 
 
@@ -34,6 +34,8 @@ class Listener:
         self.heard: str | None = None
         self.grace_seconds = GRACE_SECONDS
         self._working = False
+        self._signals = 0
+        self._grace: threading.Timer | None = None
         self._exit = exit_process
 
     @contextlib.contextmanager
@@ -44,12 +46,21 @@ class Listener:
             yield
         finally:
             self._working = False
+            if self._grace:
+                self._grace.cancel()
 
-    def hear(self, what: str, again: int = INTERRUPTED) -> None:
-        """Takes note of a reason to end; `again` is the exit code if it is the second."""
+    def hear_signal(self, number: int) -> None:
+        """Takes note of a signal; the second ends the process at once."""
+        self._signals += 1
+        if self._signals > 1:
+            log(f"{signal.Signals(number).name} again: ending at once, without saving")
+            self._exit(128 + number)
+            return
+        self.hear(signal.Signals(number).name)
+
+    def hear(self, what: str) -> None:
+        """Takes note of a reason to end; another one besides changes nothing."""
         if self.heard is not None:
-            log(f"{what} again: ending at once, without saving")
-            self._exit(again)
             return
         self.heard = what
         if not self._working:
@@ -57,9 +68,9 @@ class Listener:
             self._exit(INTERRUPTED)
             return
         log(f"{what}: the run will save and end; once more ends it at once")
-        late = threading.Timer(self.grace_seconds, self._too_late)
-        late.daemon = True
-        late.start()
+        self._grace = threading.Timer(self.grace_seconds, self._too_late)
+        self._grace.daemon = True
+        self._grace.start()
 
     def _too_late(self) -> None:
         log(f"no checkpoint within {self.grace_seconds:g} s; what came after the last one is lost")
@@ -97,7 +108,7 @@ def listening() -> Iterator[Listener]:
 def _hear_signals(listener: Listener, read: int) -> None:
     while number := os.read(read, 1):
         if number[0] in SIGNALS:
-            listener.hear(signal.Signals(number[0]).name, again=128 + number[0])
+            listener.hear_signal(number[0])
     os.close(read)
 
 
@@ -113,7 +124,7 @@ def _metadata_server() -> str | None:
 
 def _hear_notices(listener: Listener, server: str, stop: threading.Event) -> None:
     while not stop.wait(POLL_SECONDS):
-        for name, nothing in NOTICES.items():
+        for name, beginning in NOTICES.items():
             request = urllib.request.Request(
                 f"http://{server}/computeMetadata/v1/instance/{name}",
                 headers={"Metadata-Flavor": "Google"},
@@ -121,7 +132,7 @@ def _hear_notices(listener: Listener, server: str, stop: threading.Event) -> Non
             with contextlib.suppress(urllib.error.URLError, OSError):
                 with urllib.request.urlopen(request, timeout=POLL_SECONDS) as reply:
                     notice = reply.read(64).decode(errors="replace").strip()
-                if notice != nothing:
+                if notice.startswith(beginning):
                     listener.hear(f"notice from Google Cloud, {name}: {notice}")
                     return
 

@@ -1,5 +1,6 @@
 """The log: one line on standard error each, with the seconds since the start."""
 
+import contextlib
 import sys
 import time
 
@@ -10,7 +11,13 @@ _process = ""
 def log(message: str) -> None:
     """Writes a line at once."""
     seconds = time.monotonic() - _start
-    print(f"[{seconds:6.1f} s{_process}] {message}", file=sys.stderr, flush=True)
+    say(f"[{seconds:6.1f} s{_process}] {message}")
+
+
+def say(line: str) -> None:
+    """Writes to standard error; that nobody listens, or the disk is full, must end no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def name_process(index: int) -> None:

@@ -57,7 +57,7 @@ class Loop:
           Interrupted: the listener has heard something; the state is saved.
           Diverged: too many steps in a row without finite loss and gradient.
         """
-        self._is_best(first_step)
+        self._keep_best()
         with self._listener.working():
             missing = self._evaluation_due(first_step) and not self._reporter.evaluated(first_step)
             if first_step and missing and not self._evaluate(first_step, state):
@@ -87,7 +87,9 @@ class Loop:
         if self._evaluation_due(step):
             self._read_late()
             finished = self._evaluate(step, state)
-            if self._checkpoints.newest != step and (self._is_best(step) or not finished):
+            if self._checkpoints.newest != step and (
+                not finished or self._checkpoints.best == step
+            ):
                 self._save(step, state)
             if not finished:
                 self._stop(step)
@@ -121,9 +123,11 @@ class Loop:
         """Adds an evaluation to the row of `step`; returns whether it came to its end."""
         with self._clock.during("evaluation"):
             scores = evaluate_all(self._setup, state, self._go_on)
-        if scores is not None:
-            self._reporter.write(step, scores)
-        return scores is not None
+        if scores is None:
+            return False
+        self._reporter.write(step, scores)
+        self._keep_best()
+        return True
 
     def _go_on(self) -> bool:
         self._watchdog.alive()
@@ -160,12 +164,10 @@ class Loop:
             or (permanent is not None and step % permanent == 0)
         )
 
-    def _is_best(self, step: int) -> bool:
-        """Whether the evaluation of `step` is the best, whose checkpoint is kept."""
+    def _keep_best(self) -> None:
         best = self._reporter.best
         if self._config.checkpoint.keep_best and best:
             self._checkpoints.best = best["step"]
-        return self._checkpoints.best == step
 
     def _minutes_over(self) -> bool:
         minutes = self._config.checkpoint.minutes

@@ -59,7 +59,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str], listener: Listener) -> None:
     config, workdir, train, processes = _load(arguments, overrides)
-    with processes.ending_together():
+    with processes.ending_together(), processes.losses_end_here():
         result = train.train(config, workdir, listener, arguments.profile)
     if not processes.is_first():
         return
@@ -75,7 +75,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str], listener: L
 
 def _evaluate(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     config, workdir, train, processes = _load(arguments, overrides)
-    with processes.ending_together():
+    with processes.ending_together(), processes.losses_end_here():
         measured = train.evaluate_checkpoint(config, workdir)
     if processes.is_first():
         _print_eval(measured)

@@ -40,6 +40,8 @@ class Clock:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             stored = json.loads(path.read_text())
             before = {str(k): float(v) for k, v in stored["seconds"].items()}
+            if not all(0 <= seconds < 1e12 for seconds in before.values()):
+                return
             self.starts, self._before = int(stored["starts"]) + 1, before
 
     def save(self, path: Path) -> None:

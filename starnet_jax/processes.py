@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import traceback
 from collections.abc import Iterator
 from glob import glob
 
@@ -21,6 +22,7 @@ from starnet_jax.errors import INTERRUPTED, BadInput, Diverged, Interrupted
 from starnet_jax.log import log, name_process
 
 HEARTBEAT_SECONDS = 100  # JAX's own patience with a silent process
+LOST = (jax.errors.JaxRuntimeError, TimeoutError)  # what a process sees of the loss of another
 # The number of processes, as schedulers tell it to each of them.
 SCHEDULERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -136,10 +138,11 @@ def losses_end_here() -> Iterator[None]:
     """Where another process has gone, this one ends at once, to be started again with it."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not several() or "RESOURCE_EXHAUSTED" in str(error):
+    except LOST as error:
+        if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        log(f"lost another process ({' '.join(str(error).split())[:120]}); start all of them again")
+        traceback.print_exc()  # should it be something else after all
+        log("lost another process, it seems; start all of them again")
         os._exit(INTERRUPTED)
 
 

@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -29,7 +28,10 @@ from starnet_jax.train_state import TrainState
 from starnet_jax.train_step import Steps
 
 FEW = 32  # images that a BatchNorm statistic should have
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
+DISK_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EACCES", "ENOENT", "ENOTDIR", "ESTALE")
+}
 
 
 def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = False) -> dict:
@@ -49,6 +51,12 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
     listener.grace_seconds = config.checkpoint.grace_seconds
     workdir_lib.check(workdir, config)
     processes.join(config.mesh)
+    with Watchdog(config.mesh.step_timeout) as watchdog:
+        return _train(config, workdir, listener, profile, clock, watchdog)
+
+
+def _train(config, workdir, listener, profile, clock, watchdog) -> dict:
+    """Trains once the processes have met."""
     with processes.together():
         setup = _setup(config)
     config, speaks = setup.config, jax.process_index() == 0
@@ -59,8 +67,9 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
             raise BadInput(f"--workdir: {workdir} is not on a disk that all processes share")
     clock.load(workdir / "time.json")
 
-    with lock, _disk_errors_in_one_line(workdir), Watchdog(config.mesh.step_timeout) as watchdog:
-        with closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
+    watchdog.alive()
+    with lock, _disk_errors_in_one_line(workdir):
+        with Checkpoints(workdir, config.checkpoint) as checkpoints:
             state = _initial_state(setup, checkpoints)
             first_step = int(state.step)
             if first_step > config.total_steps:
@@ -68,19 +77,19 @@ def train(config: RunConfig, workdir: Path, listener: Listener, profile: bool = 
                     f"config.epochs: {config.epochs} end at step {config.total_steps}, but "
                     f"{workdir} is at step {first_step}"
                 )
-            if first_step == config.total_steps and (result := workdir_lib.result(workdir)):
+            result = workdir_lib.result(workdir)
+            if result and result["last"]["step"] == first_step == config.total_steps:
                 log("nothing left to train")
                 return result
             with clock.during("compiling"):
                 setup = _compiled(setup, state)
-            with processes.together():
-                checkpoints.check_space(state)
+            watchdog.alive()
+            checkpoints.check_space(state)
             if speaks:
                 workdir_lib.write_config(workdir, config)
             with metrics.Reporter(workdir, config, first_step, clock, speaks) as reporter:
                 loop = Loop(setup, checkpoints, reporter, clock, listener, watchdog)
-                with processes.losses_end_here():
-                    loop.run(state, first_step, profile)
+                loop.run(state, first_step, profile)
         log(reporter.where_the_time_went())
         result = metrics.result(reporter, config, clock)
         if speaks:
@@ -103,7 +112,7 @@ def evaluate_checkpoint(config: RunConfig, workdir: Path) -> dict[str, dict]:
         raise BadInput(f"--workdir: {workdir} holds no checkpoint to evaluate")
     mesh = _mesh(config)
     sources = _test_sets(config)
-    with closing(Checkpoints(workdir, config.checkpoint, read_only=True)) as checkpoints:
+    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         if checkpoints.newest is None:
             raise BadInput(f"--workdir: {workdir} holds no finished checkpoint to evaluate")
         log(f"evaluating {checkpoints.directory}/{checkpoints.newest}")
@@ -122,6 +131,8 @@ def _mesh(config: RunConfig) -> Mesh:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
+        if jax.distributed.is_initialized():
+            raise
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise BadInput(f"JAX_PLATFORMS={platforms}: no such device: {error}") from None
     mesh = mesh_lib.create(config)

@@ -135,7 +135,9 @@ def result(workdir: Path) -> dict | None:
     path = workdir / "result.json"
     try:
         stored = json.loads(path.read_text())
-        stored["last"]["eval/top1"], stored["last"]["eval/count"], stored["seconds"].values()
+        for key in ("step", "eval/top1", "eval/count"):
+            float(stored["last"][key])
+        sum(stored["seconds"].values())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

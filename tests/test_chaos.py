@@ -57,6 +57,22 @@ def test_weights_of_four_devices_score_the_same_on_others(devices, whole):
     assert float(loss) == pytest.approx(last["eval/loss"], abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_batchnorm_is_global_over_processes(processes, devices, tmp_path):
+    """StarNet, statistics over the global batch; GELU, for ReLU6 has kinks to fall off."""
+    losses = []
+    for layout in ((1, 4), (processes, devices)):
+        workdir = tmp_path / str(layout[0])
+        flags = ["--config.model.name=starnet_s050", "--config.model.activation=gelu"]
+        flags += ["--config.epochs=1", "--config.mesh.step_timeout=1800"]
+        flags += ["--config.checkpoint.permanent_steps=none"]
+        chaos.run([*chaos.small(workdir), *flags], *layout)
+        losses.append([row["train/loss"] for row in runs.rows(workdir)][:20])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
 def test_processes_with_different_settings_do_not_start(tmp_path):
     started = []
     for index, environment in enumerate(chaos.environments(2, 1)):

@@ -67,10 +67,9 @@ def test_whatever_file_is_harmed_what_is_restored_is_what_was_saved(
         if path.stat().st_size == 0 and harm is not Path.unlink:
             continue  # a marker without content
         harm(path)
-        checkpoints = opened(workdir)
-        step = checkpoints.newest
-        state = checkpoints.restore(step, abstract)
-        checkpoints.close()
+        with opened(workdir) as checkpoints:
+            step = checkpoints.newest
+            state = checkpoints.restore(step, abstract)
         if step == 42:
             log = capfd.readouterr().err
             assert f"{workdir}/checkpoints/63" in log
@@ -131,18 +130,36 @@ def test_plain_weights_lie_beside_the_state(finished):
 
 
 def test_newest_best_and_permanent_checkpoints_stay(finished, abstract, tmp_path):
-    source = opened(finished)
-    state = source.restore(63, abstract)
-    source.close()
+    with opened(finished) as source:
+        state = source.restore(63, abstract)
     (tmp_path / "checkpoints").mkdir()
-    checkpoints = opened(tmp_path, keep=2, permanent_steps=4)
-    for step in range(1, 10):
-        checkpoints.save(step, state)
-        if step == 2:
-            checkpoints.best = step
-    checkpoints.close()
+    with opened(tmp_path, keep=2, permanent_steps=4) as checkpoints:
+        for step in range(1, 10):
+            checkpoints.save(step, state)
+            if step == 2:
+                checkpoints.best = step
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == [2, 4, 8, 9]
+
+
+def test_the_best_checkpoint_of_a_run_outlives_later_ones(tmp_path):
+    flags = ["--config.optimizer.learning_rate=0.05", "--config.checkpoint.keep=1"]
+    flags += ["--config.epochs=6", "--config.log.tensorboard=false"]
+    process = runs.main(runs.QUICKSTART, f"--workdir={tmp_path}", *runs.SMALL, *flags)
+    assert process.returncode == 0, process.stderr
+    best = json.loads((tmp_path / "result.json").read_text())["best"]["step"]
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()}
+    assert best < 126  # or the settings test nothing
+    assert kept == {best, 126}
+
+
+def test_a_checkpoint_is_set_aside_under_a_name_that_is_free(finished, tmp_path):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    (workdir / "checkpoints" / "aside" / "0-63" / "file").mkdir(parents=True)
+    flip(workdir / "checkpoints" / "63" / "weights.safetensors")
+    with opened(workdir) as checkpoints:
+        assert checkpoints.newest == 42
+    assert (workdir / "checkpoints" / "aside" / "1-63" / "weights.safetensors").exists()
 
 
 # --- Disks ----------------------------------------------------------------------------------------
@@ -189,6 +206,40 @@ def test_a_full_or_read_only_disk_ends_in_one_line_with_the_checkpoints_intact(t
     assert int(eval_code) == 0 and "450/450" in scores, eval_log
     assert int(ro_code) == errors.BAD_INPUT, ro_log
     assert "Read-only file system" in one_error(ro_log)
+
+
+FULL_DISK_OF_TWO = """
+import os, subprocess, sys
+mount, address, *command = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", mount], check=True)
+started = [
+    subprocess.Popen(
+        command,
+        env=os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for index in range(2)
+]
+logs = [process.communicate()[1] for process in started]
+print(*(process.returncode for process in started), logs[0], sep="\\n<>\\n")
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a disk of its own")
+def test_a_full_disk_ends_all_processes_in_one_line(tmp_path):
+    flags = [*FLAGS, "--config.epochs=50", "--config.checkpoint.keep=50"]
+    command = runs.command(runs.QUICKSTART, f"--workdir={tmp_path}/run", *flags)
+    environment = chaos.environments(2, 2)[0]
+    address = environment["JAX_COORDINATOR_ADDRESS"]
+    outside = ["unshare", "--mount", sys.executable, "-c", FULL_DISK_OF_TWO, str(tmp_path)]
+    done = subprocess.run(
+        [*outside, address, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, log = done.stdout.split("\n<>\n")[-3:]
+    assert int(first.split()[-1]) == int(second) == errors.BAD_INPUT, log
+    assert "No space left" in one_error(log)
 
 
 def one_error(log: str) -> str:

@@ -219,6 +219,27 @@ def test_the_grace_period_ends_a_run_that_does_not_save():
         assert ends.get(timeout=10) == errors.INTERRUPTED
 
 
+def test_a_notice_and_the_signal_that_follows_it_are_one_reason_to_end():
+    ends = []
+    listener = interruption.Listener(exit_process=ends.append)
+    with listener.working():
+        listener.hear("notice")
+        listener.hear_signal(signal.SIGTERM)
+        listener.hear("another notice")
+        assert not ends
+        listener.hear_signal(signal.SIGTERM)
+    assert ends == [128 + signal.SIGTERM]
+
+
+def test_a_log_that_nobody_reads_ends_no_run(tmp_path):
+    arguments = runs.command(runs.QUICKSTART, f"--workdir={tmp_path}", *SMALL)
+    process = subprocess.Popen(arguments, env=runs.environment(), stderr=subprocess.PIPE)
+    wait_until(process, lambda: stepping(tmp_path))
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(GRACE) == errors.INTERRUPTED
+
+
 def test_the_watchdog_barks_only_when_nothing_finishes(capfd):
     now, ends = [0.0], []
     watchdog = interruption.Watchdog(10.0, now=lambda: now[0], exit_process=ends.append)

@@ -211,6 +211,18 @@ def test_batch_that_the_devices_do_not_divide_ends_in_one_line(tmp_path):
     assert not workdir.exists()
 
 
+def test_a_result_of_fewer_epochs_is_no_result_of_more(finished, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished[0], workdir)
+    longer = [runs.QUICKSTART, f"--workdir={workdir}", *runs.SMALL, "--config.epochs=3"]
+    first = runs.main(*longer)
+    assert first.returncode == 0, first.stderr
+    shutil.copy(finished[0] / "result.json", workdir)  # as if killed before it was written
+    again = runs.main(*longer)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((workdir / "result.json").read_text())["last"]["step"] == 63
+
+
 def test_workdir_of_another_config_is_refused(finished, capsys):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()

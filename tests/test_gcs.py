@@ -14,6 +14,7 @@ import pytest
 import runs
 
 from starnet_jax import errors
+from starnet_jax.data import digits
 
 pytest.importorskip("gcsfs")
 FLAGS = [*runs.SMALL, "--config.epochs=3"]
@@ -95,6 +96,24 @@ def test_a_run_in_a_bucket_is_killed_damaged_and_goes_on(bucket, tmp_path):
     evaluated = runs.main(*flags, "--mode=eval", env=bucket.environment)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "450/450" in evaluated.stdout
+
+
+def test_a_dataset_in_a_bucket_is_trained_on(bucket, tmp_path):
+    digits._builder_class()(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
+    for file in (tmp_path / "digits" / digits.VERSION).iterdir():
+        bucket.overwrite(f"data/digits/{digits.VERSION}/{file.name}", file.read_bytes())
+    process = runs.main(
+        runs.QUICKSTART,
+        f"--workdir={tmp_path}/run",
+        *runs.SMALL,
+        "--config.epochs=1",
+        "--config.data.source=tfds",
+        "--config.data.name=digits",
+        "--config.data.dir=gs://runs/data",
+        env=bucket.environment | {"EPATH_USE_TF": "0", "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert process.returncode == 0, process.stderr
+    assert "450/450" in process.stdout
 
 
 def test_a_bucket_that_is_not_there_ends_in_one_line(bucket):

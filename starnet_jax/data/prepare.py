@@ -47,8 +47,8 @@ def _parser() -> command.Parser:
     parser.add_argument(
         "--file_format",
         choices=records.FORMATS,
-        default=records.FORMATS[0],
-        help="array_record (the default) needs no index; tfrecord is what most tools read",
+        help="array_record (the default on a disk) needs no index; tfrecord (the default on gs://) "
+        "is what most tools read",
     )
     return parser
 
@@ -63,7 +63,10 @@ def _run(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         builder = prepare(
-            arguments.name, arguments.dir, arguments.manual_dir, arguments.file_format
+            arguments.name,
+            arguments.dir,
+            arguments.manual_dir,
+            arguments.file_format or records.FORMATS[records.is_remote(arguments.dir)],
         )
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)

@@ -57,7 +57,7 @@ class Records(Protocol):
 def open_records(shards: Sequence[Shard], file_format: str, cache_dir: Path) -> Records:
     """Opens the files of a split.
 
-    Files on `gs://` are reached through etils.epath; that way has not been tried.
+    TFRecord files on `gs://` are reached through etils.epath; ArrayRecord reads from a disk only.
 
     Args:
       shards: the files, in the order of the records.
@@ -72,6 +72,11 @@ def open_records(shards: Sequence[Shard], file_format: str, cache_dir: Path) -> 
         raise BadInput(
             f"config.data.name: the dataset is stored as {file_format}"
             f"{nearest(file_format, FORMATS)}; prepare it anew"
+        )
+    if file_format == "array_record" and any(is_remote(shard.path) for shard in shards):
+        raise BadInput(
+            f"config.data.dir: ArrayRecord files cannot be read from {shards[0].path}; prepare "
+            "the dataset there with --file_format=tfrecord, or copy it to a disk"
         )
     shards = [shard for shard in shards if shard.take > 0]
     fingerprint = _fingerprint(shards)

@@ -329,3 +329,9 @@ def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):
     monkeypatch.setattr(records, "PROGRESS_SECONDS", -1.0)
     assert list(records.progress("abc", 3, "files indexed")) == list("abc")
     assert "2/3 files indexed, about 0 s left" in capsys.readouterr().err
+
+
+def test_array_records_in_a_bucket_are_refused_with_the_way_out(tmp_path):
+    shard = records.Shard("gs://bucket/x.array_record-00000-of-00001", 0, 1, 1)
+    with pytest.raises(BadInput, match="--file_format=tfrecord"):
+        records.open_records([shard], "array_record", tmp_path)

@@ -25,8 +25,8 @@ from starnet_jax.train_state import TrainState
 DIGEST = "digest.json"  # the last file of a checkpoint: the SHA-256 of every other
 FILES_BYTES = 1 << 18  # what the files of a checkpoint take beside their content
 ASIDE = "aside"  # where damaged and half-written checkpoints go
+COMMITTED = "commit_success.txt"  # orbax's own last file, at the very end
 # Orbax writes its own record of the save after the digest; nothing of the state is in these.
-COMMITTED = "commit_success.txt"
 _UNDIGESTED = {DIGEST, COMMITTED, "_CHECKPOINT_METADATA"}
 
 
@@ -53,7 +53,7 @@ class Checkpoints:
         self.best: int | None = None  # a step whose checkpoint must stay
         self._read_only = read_only
         with processes.together():
-            newest = self._newest_intact() if jax.process_index() == 0 else None
+            newest = self._newest_intact() if processes.is_first() else None
         step = processes.from_first(-1 if newest is None else newest)
         self.newest = None if step < 0 else step
         policies = [checkpoint_managers.LatestN(config.keep), _KeepBest(self)]
@@ -79,7 +79,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         self.check_space(state)
         with self._errors_in_one_line(step):
-            if jax.process_index() == 0:
+            if processes.is_first():
                 self._saving = step, jax.device_get((state.variables, state.ema))
             self._manager.save(step, args=ocp.args.PyTreeSave(state))
             self.newest = step

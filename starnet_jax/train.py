@@ -59,7 +59,7 @@ def _train(config, workdir, listener, profile, clock, watchdog) -> dict:
     """Trains once the processes have met."""
     with processes.together():
         setup = _setup(config)
-    config, speaks = setup.config, jax.process_index() == 0
+    config, speaks = setup.config, processes.is_first()
     with processes.together():
         lock = workdir_lib.create(workdir) if speaks else contextlib.nullcontext()
     with processes.together():
